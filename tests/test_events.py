@@ -1,0 +1,224 @@
+import json
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+from pydantic import ValidationError
+
+from ownware_gateway.events import (
+    DELTAS,
+    EVENTS,
+    AnyEvent,
+    Attachment,
+    Error,
+    Event,
+    Fallback,
+    PermissionRequest,
+    PermissionResponse,
+    Recovery,
+    RunCancel,
+    SessionEnd,
+    SessionStart,
+    TextComplete,
+    TextDelta,
+    ThinkingComplete,
+    ThinkingDelta,
+    ToolCallArgsDelta,
+    ToolCallEnd,
+    ToolCallExecute,
+    ToolCallProgress,
+    ToolCallStart,
+    TurnEnd,
+    TurnInterrupted,
+    TurnStart,
+    Usage,
+    UserMessage,
+    decode,
+)
+
+GOLDEN = Path(__file__).parent / "golden" / "events.jsonl"
+AT = 1_790_000_000_000
+USAGE = Usage(
+    input_tokens=10,
+    output_tokens=5,
+    cache_read_tokens=4,
+    cache_creation_tokens=1,
+    model="demo:echo",
+    cost_usd=0.0125,
+)
+FILE = Attachment(filename="a b.png", mime_type="image/png", size_bytes=3)
+INPUT = {"file_path": "é.txt", "lines": [1, 2.5, None, True], "nested": {"snake_case": "kept"}}
+
+#: Every type once, and once more where an optional field changes what is written.
+EXAMPLES: list[AnyEvent] = [
+    UserMessage(run_id="r", text='Hi "é"\n\u2028', attachments=None, timestamp=AT),
+    UserMessage(run_id="r", text="", attachments=[FILE], timestamp=AT),
+    SessionStart(run_id="r", session_id="r", profile_id="p", model="demo:echo", timestamp=AT),
+    SessionStart(
+        run_id="r",
+        session_id="r",
+        profile_id="p",
+        model="demo:echo",
+        fallback=Fallback(requested_model="openai:x", reason="no key"),
+        timestamp=AT,
+    ),
+    TurnStart(turn_index=0, timestamp=AT),
+    TextDelta(text="Hel", turn_index=0),
+    TextDelta(text="\n\n[interrupted, answering again]\n\n", turn_index=0, notice=True),
+    TextComplete(text="Hello", turn_index=0),
+    ThinkingDelta(text="Hm", turn_index=0),
+    ThinkingComplete(text="Hmm", turn_index=0),
+    ToolCallStart(tool_call_id="c", tool_name="read_file", turn_index=0),
+    ToolCallArgsDelta(tool_call_id="c", delta='{"a": 1}', turn_index=0),
+    ToolCallExecute(tool_call_id="c", tool_name="read_file", input=INPUT, turn_index=0),
+    ToolCallProgress(tool_call_id="c", progress="line", turn_index=0),
+    ToolCallEnd(
+        tool_call_id="c",
+        tool_name="read_file",
+        result="done",
+        is_error=False,
+        duration_ms=12,
+        turn_index=0,
+        truncated=True,
+        output_bytes_raw=70_000,
+    ),
+    PermissionRequest(
+        request_id="q",
+        tool_call_id="c",
+        tool_name="shell",
+        input={"command": "ls"},
+        reason="The profile asks.",
+        operation_hash="h",
+        expires_at=AT,
+        turn_index=0,
+    ),
+    PermissionResponse(
+        request_id="q", granted=False, decided_by="timeout", reason="too late", turn_index=0
+    ),
+    PermissionResponse(
+        request_id="q", granted=True, decided_by="user", reason="", always=True, turn_index=0
+    ),
+    TurnEnd(turn_index=0, stop_reason="tool_use", usage=USAGE, timestamp=AT),
+    TurnInterrupted(turn_index=1, reason="aborted", timestamp=AT),
+    Recovery(reason="restart", attempt=1, detail="went on", turn_index=1),
+    Recovery(reason="rate_limit", attempt=2, detail="429", turn_index=1, supersedes=0),
+    RunCancel(run_id="r", requested_by="token"),
+    Error(code="provider_error", message="It failed.", recoverable=False),
+    Error(code="provider_error", message="It failed.", recoverable=True, turn_index=1),
+    SessionEnd(
+        run_id="r",
+        session_id="r",
+        status="succeeded",
+        reason="end_turn",
+        total_usage=Usage(),
+        turn_count=1,
+        timestamp=AT,
+    ),
+    SessionEnd(
+        run_id="r",
+        session_id="r",
+        status="failed",
+        reason="error",
+        code="provider_error",
+        total_usage=USAGE,
+        turn_count=2,
+        timestamp=AT,
+    ),
+]
+
+every_example = pytest.mark.parametrize(
+    "event", EXAMPLES, ids=lambda event: f"{event.type}-{len(event.model_fields_set)}"
+)
+
+
+def keys(value: Any) -> list[str]:
+    """Return all names in a JSON value, but for what stands in a tool's own input."""
+    match value:
+        case dict():
+            return [*value, *(k for name, v in value.items() if name != "input" for k in keys(v))]
+        case list():
+            return [key for item in value for key in keys(item)]
+        case _:
+            return []
+
+
+def test_every_type_has_an_example() -> None:
+    assert {event.type for event in EXAMPLES} == set(EVENTS)
+
+
+def test_the_vocabulary_is_complete() -> None:
+    assert set(EVENTS.values()) == set(get_args(AnyEvent)) == set(Event.__subclasses__())
+    assert len(EVENTS) == len(get_args(AnyEvent))
+    for name, event in EVENTS.items():
+        assert get_args(event.model_fields["type"].annotation) == (name,)
+
+
+def test_deltas_are_events_and_no_fact_is_a_delta() -> None:
+    assert set(EVENTS) > DELTAS
+    assert DELTAS.isdisjoint({"text.complete", "tool.call.end", "session.end"})
+
+
+@every_example
+def test_an_event_is_one_line_of_camel_case_json_that_begins_with_its_type(event: Event) -> None:
+    encoded = event.encode()
+    assert encoded.startswith(b'{"type":"%b",' % event.type.encode())
+    assert b"\n" not in encoded
+    assert b"\r" not in encoded
+    assert not [key for key in keys(json.loads(encoded)) if "_" in key]
+    assert "seq" not in json.loads(encoded)
+
+
+@every_example
+def test_what_is_written_is_what_is_read(event: Event) -> None:
+    decoded = decode(event.encode())
+    assert type(decoded) is type(event)
+    assert decoded == event
+    assert decoded.encode() == event.encode()
+
+
+@every_example
+def test_fields_of_a_newer_version_and_the_number_in_the_log_are_ignored(event: Event) -> None:
+    payload = json.loads(event.encode()) | {"seq": 7, "newField": {"x": 1}}
+    assert decode(json.dumps(payload).encode()) == event
+
+
+def test_the_bytes_of_every_type_stay_as_they_are() -> None:
+    # Existing clients and stored logs depend on them: this file may grow, and not change.
+    golden = GOLDEN.read_bytes().splitlines()
+    assert [event.encode() for event in EXAMPLES] == golden
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        b"",
+        b"{}",
+        b"[]",
+        b'{"type":"no.such.type"}',
+        b'{"type":"turn.start","turnIndex":0}',
+        b'{"type":"turn.start","turnIndex":"x","timestamp":1}',
+        b'{"type":"turn.interrupted","turnIndex":0,"reason":"bored","timestamp":1}',
+        b'{"turnIndex":0,"timestamp":1}',
+    ],
+)
+def test_a_payload_that_is_no_known_event_is_refused(payload: bytes) -> None:
+    with pytest.raises(ValidationError):
+        decode(payload)
+
+
+def test_an_event_cannot_be_changed() -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        TextDelta(text="a", turn_index=0).text = "b"  # type: ignore[misc]
+
+
+def test_what_is_not_there_is_not_written_and_what_is_unknown_is_null() -> None:
+    plain = json.loads(TextDelta(text="a", turn_index=0).encode())
+    assert plain == {"type": "text.delta", "text": "a", "turnIndex": 0}
+    end = TurnEnd(turn_index=0, stop_reason="end_turn", usage=Usage(), timestamp=AT)
+    assert json.loads(end.encode())["usage"]["costUsd"] is None
+
+
+def test_half_a_character_of_a_model_does_not_stop_a_run() -> None:
+    assert decode(TextDelta(text="a\ud83d", turn_index=0).encode()) == TextDelta(
+        text="a\ufffd", turn_index=0
+    )
