@@ -1,0 +1,238 @@
+"""Who speaks: the contract of a language model, the same for every provider.
+
+An adapter turns a `Request` into its provider's dialect and the provider's stream into batches of
+parts: one batch per network read, so that one burst of the provider becomes one append to the log.
+The last part of a stream is always an `Answer`; a stream that ends without one was cut off, and the
+adapter raises `ModelError` for it.
+"""
+
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+from ownware_gateway.events import StopReason, Usage
+
+#: What may be tried again: the engine says so with a `recovery` event of this reason.
+RetryReason = Literal["rate_limit", "provider_error", "connection"]
+
+
+@dataclass(frozen=True, slots=True)
+class File:
+    """The bytes of an attachment."""
+
+    filename: str
+    mime_type: str
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A tool call exactly as the model asked for it.
+
+    `arguments` is the JSON text that the model wrote, which may be broken; `id` is unique in the
+    conversation: an adapter replaces a missing or repeated id of its provider, in `raw` as well.
+    """
+
+    id: str
+    name: str
+    arguments: str
+
+
+@dataclass(frozen=True, slots=True)
+class UserTurn:
+    """What a person said."""
+
+    text: str
+    files: Sequence[File] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class AssistantTurn:
+    """What the model answered.
+
+    `raw` is the provider's own message (JSON), to be sent back verbatim, thinking signatures and
+    call ids included, when `dialect` is the adapter's own and `model` the one that is asked; for
+    any other pair the message is made from the other fields.
+    """
+
+    text: str
+    thinking: str = ""
+    tool_calls: Sequence[ToolCall] = ()
+    dialect: str = ""
+    model: str = ""
+    raw: Any = None
+
+
+@dataclass(frozen=True, slots=True)
+class ToolTurn:
+    """How a tool call ended, as the model is told."""
+
+    tool_call_id: str
+    tool_name: str
+    text: str
+    is_error: bool = False
+
+
+Message = UserTurn | AssistantTurn | ToolTurn
+
+
+@dataclass(frozen=True, slots=True)
+class ToolSpec:
+    """A tool as the model sees it; `input_schema` is JSON Schema of an object."""
+
+    name: str
+    description: str
+    input_schema: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One question to a model. `model` is the provider's own name, without our prefix.
+
+    `messages` alternate as every provider wants it: each `AssistantTurn` with tool calls is
+    followed by one `ToolTurn` for each call, in their order. `thinking` is how much the model may
+    reason before it answers: None leaves the provider's default.
+    """
+
+    model: str
+    messages: Sequence[Message]
+    system: str = ""
+    tools: Sequence[ToolSpec] = ()
+    temperature: float | None = None
+    max_tokens: int | None = None
+    thinking: Literal["off", "low", "medium", "high"] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """A piece of the answer."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Thinking:
+    """A piece of the reasoning."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class CallStart:
+    """The model has begun to ask for a tool; its arguments come with the `Answer`."""
+
+    id: str
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """The whole answer, always the last part.
+
+    `stop_reason` is one of the vocabulary's: `tool_use` exactly when there are tool calls,
+    otherwise `end_turn`, `max_tokens`, `stop_sequence`, `refusal` or `pause_turn`.
+    `usage.cost_usd` is left None by adapters: prices are the catalogue's business.
+    """
+
+    turn: AssistantTurn
+    stop_reason: StopReason
+    usage: Usage
+
+
+Part = Text | Thinking | CallStart | Answer
+
+
+class Model(Protocol):
+    """What an adapter is."""
+
+    def stream(self, request: Request) -> AsyncIterator[Sequence[Part]]:
+        """Ask the model and yield its answer in batches, one per network read, none empty.
+
+        The request is on its way when the first batch is asked for. Closing the iterator (or
+        cancelling the task that reads it) cuts the upstream connection at once.
+        Raises ModelError when the provider refuses, fails, or falls silent for too long.
+        """
+        ...
+
+
+class ModelError(Exception):
+    """A model call failed.
+
+    `message` is for the person who runs the gateway: it names the provider, says what happened and
+    what to do, and never contains a key. `retry` says why the same call may succeed later (None:
+    it will not), `retry_after_s` when, if the provider said so.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        code: str = "provider_error",
+        retry: RetryReason | None = None,
+        retry_after_s: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.code = code
+        self.retry = retry
+        self.retry_after_s = retry_after_s
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """A model that can be named in a request; the shape of an entry of `GET /models`."""
+
+    id: str
+    name: str
+    provider: str
+    has_credentials: bool
+    default: bool = False
+    context_window: int | None = None
+    max_output_tokens: int | None = None
+    input_cost_per_m_tok: float | None = None
+    output_cost_per_m_tok: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Dispatch:
+    """Which model really answers: the adapter, its name for the model, and why, if another one.
+
+    `id` is the `provider:model` string; `fallback_reason` is None when it is the one asked for.
+    """
+
+    id: str
+    name: str
+    model: Model = field(repr=False)
+    fallback_reason: str | None = None
+
+
+class Catalogue(Protocol):
+    """All models that this gateway can reach."""
+
+    async def list(self) -> list[ModelInfo]:
+        """Return every known model, the built-in one last; local servers are probed now."""
+        ...
+
+    def resolve(self, model_id: str) -> Dispatch:
+        """Return the model with this `provider:model` string.
+
+        Raises GatewayError `unknown_model` when the provider is unknown, the string is malformed,
+        or the provider has no key; the message says what to do.
+        """
+        ...
+
+    async def stand_in(self, model_id: str) -> Dispatch:
+        """Return what may answer when the profile's own model has no key.
+
+        That is a running local model, else the built-in one; never a cloud provider. Raises
+        GatewayError `unknown_model` as `resolve` does when it is the model string that is wrong.
+        """
+        ...
+
+    def price(self, model_id: str, usage: Usage) -> Usage:
+        """Return the usage with `model` and `cost_usd` filled in; an unknown price stays None."""
+        ...
+
+    async def close(self) -> None:
+        """Close every connection to a provider."""
+        ...
