@@ -1,0 +1,92 @@
+"""What an agent may do: the contract of a tool."""
+
+import json
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+#: Most bytes of a tool's output that reach the log and the model; the rest is cut and said so.
+OUTPUT_LIMIT_BYTES: Final = 65_536
+
+#: How long a call may take unless its tool says otherwise.
+TIMEOUT_S: Final = 120.0
+
+
+class ToolFailed(Exception):
+    """A call went wrong in a way the model can act on; the message is its result."""
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """What a call gave back: at most `OUTPUT_LIMIT_BYTES` of text, and how much there was."""
+
+    text: str
+    truncated: bool = False
+    bytes_raw: int = 0
+    is_error: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """Where and how a call runs.
+
+    `workspace` is the only folder that file tools may touch; `environment` is all that a child
+    process gets of the gateway's own; `progress` takes a line for people who watch.
+    """
+
+    workspace: Path
+    environment: Mapping[str, str] = field(default_factory=dict)
+    progress: Callable[[str], None] = lambda line: None
+
+
+@dataclass(frozen=True, slots=True)
+class Tool:
+    """One tool. `call` gets arguments that already fit `input_schema`.
+
+    It returns text or an `Output`, raises ToolFailed for what the model can act on, and undoes
+    what it holds (child processes included) when it is cancelled: on a cancelled run, and after
+    `timeout_s`. `reads_only` tools need nobody's permission under mode `ask`. `safe_to_repeat`
+    tools may run again after a crash cut them off. `subject` gives what a rule or a person's
+    `always` is about, beside the tool's name: for the shell, the command.
+    """
+
+    name: str
+    description: str
+    input_schema: dict[str, Any]
+    call: Callable[[Context, dict[str, Any]], Awaitable[Output]] = field(repr=False)
+    reads_only: bool = False
+    safe_to_repeat: bool = False
+    timeout_s: float = TIMEOUT_S
+    subject: Callable[[dict[str, Any]], str] | None = field(default=None, repr=False)
+
+
+def clip(text: str, limit_bytes: int = OUTPUT_LIMIT_BYTES) -> Output:
+    """Return the text as an output, cut to the limit with a sentence that says so."""
+    raw = text.encode("utf-8", "replace")
+    if len(raw) <= limit_bytes:
+        return Output(raw.decode(), bytes_raw=len(raw))
+    note = f"\n[cut: {len(raw)} bytes in all, the first {limit_bytes} are shown]"
+    return Output(
+        raw[:limit_bytes].decode("utf-8", "ignore") + note, truncated=True, bytes_raw=len(raw)
+    )
+
+
+def parse_arguments(tool: Tool, text: str) -> dict[str, Any]:
+    """Return the arguments that a model wrote for a tool, checked against its schema.
+
+    Raises ToolFailed with what is wrong and where, for the model to correct.
+    """
+    import jsonschema
+
+    try:
+        arguments = json.loads(text or "{}")
+    except ValueError as error:
+        raise ToolFailed(f"The arguments of {tool.name} are not JSON: {error}.") from None
+    validator = jsonschema.Draft202012Validator(tool.input_schema)
+    problems = sorted(validator.iter_errors(arguments), key=lambda problem: list(problem.path))
+    if problems:
+        said = "; ".join(f"{item.json_path}: {item.message}" for item in problems[:5])
+        raise ToolFailed(f"The arguments of {tool.name} do not fit: {said[:1000]}.")
+    assert isinstance(arguments, dict), tool.input_schema
+    return arguments
