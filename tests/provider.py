@@ -1,6 +1,7 @@
 """A model provider for tests: a server on loopback that says what it was told to, in any dialect.
 
-It speaks OpenAI Chat Completions and Anthropic Messages, lists models, and passes for Ollama.
+It speaks OpenAI Chat Completions, OpenAI Responses and Anthropic Messages, lists models, and passes
+for Ollama.
 """
 
 import asyncio
@@ -25,6 +26,10 @@ OPENAI_STOP: Final = {
     "refusal": "content_filter",
     "stop_sequence": "stop",
 }
+
+
+#: Why a response is incomplete; for any other reason it is complete.
+RESPONSES_STOP: Final = {"max_tokens": "max_output_tokens", "refusal": "content_filter"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +110,7 @@ class Provider:
         app.add_routes(
             [
                 web.post("/v1/chat/completions", self._chat),
+                web.post("/v1/responses", self._responses),
                 web.post("/v1/messages", self._messages),
                 web.get("/v1/models", self._models),
                 web.get("/api/tags", self._tags),
@@ -149,6 +155,10 @@ class Provider:
     async def _chat(self, request: web.Request) -> web.StreamResponse:
         reply, asked = await self._take(request)
         return await self._answer(request, reply, openai_deltas(reply, asked.body["model"]))
+
+    async def _responses(self, request: web.Request) -> web.StreamResponse:
+        reply, asked = await self._take(request)
+        return await self._answer(request, reply, responses_deltas(reply, asked.body["model"]))
 
     async def _messages(self, request: web.Request) -> web.StreamResponse:
         reply, asked = await self._take(request)
@@ -257,6 +267,85 @@ def openai_deltas(reply: Reply, model: str) -> list[bytes]:
     return [begin + first, *rest]
 
 
+def responses_deltas(reply: Reply, model: str) -> list[bytes]:
+    """Return the stream of Responses for a reply: one item for each delta, and the end."""
+    if reply.body is not None or reply.status != 200:
+        return _given(reply, {"error": _error(reply) | {"param": None, "code": None}})
+    items: list[tuple[dict[str, Any], list[dict[str, Any]]]] = []
+    if reply.thinking:
+        summary = [{"type": "summary_text", "text": "".join(reply.thinking)}]
+        reasoning = {"type": "reasoning", "summary": summary, "encrypted_content": "sealed"}
+        kind = "response.reasoning_summary_text.delta"
+        pieces = [{"type": kind, "summary_index": 0, "delta": piece} for piece in reply.thinking]
+        items.append((reasoning, pieces))
+    if reply.text:
+        said = [{"type": "output_text", "text": "".join(reply.text), "annotations": []}]
+        message = {"type": "message", "role": "assistant", "content": said}
+        kind = "response.output_text.delta"
+        pieces = [{"type": kind, "content_index": 0, "delta": piece} for piece in reply.text]
+        items.append((message, pieces))
+    for call in reply.calls:
+        half = len(call.text) // 2
+        made = {"type": "function_call", "call_id": call.id, "name": call.name}
+        kind = "response.function_call_arguments.delta"
+        pieces = [{"type": kind, "delta": part} for part in (call.text[:half], call.text[half:])]
+        items.append((made | {"arguments": call.text}, pieces))
+
+    reason = RESPONSES_STOP.get(reply.stop_reason)
+    prompt, completion = reply.usage
+    response: dict[str, Any] = {
+        "id": "resp_1",
+        "object": "response",
+        "status": "incomplete" if reason else "completed",
+        "model": model,
+        "output": [_responses_done(index, item) for index, (item, _) in enumerate(items)],
+        "incomplete_details": {"reason": reason} if reason else None,
+        "usage": {
+            "input_tokens": prompt,
+            "input_tokens_details": {"cached_tokens": reply.cached},
+            "output_tokens": completion,
+            "total_tokens": prompt + completion,
+        },
+    }
+    created = response | {"status": "in_progress", "output": [], "usage": None}
+    begin = _named({"type": "response.created", "response": created})
+    deltas = [
+        delta
+        for index, (item, pieces) in enumerate(items)
+        for delta in _responses_item(index, item, pieces)
+    ]
+    end = _named({"type": f"response.{response['status']}", "response": response})
+    if reply.error is not None:
+        error = _error(reply)
+        end = _named({"type": "error", "code": error["type"], "message": error["message"]})
+    first, *rest = [*deltas, end]
+    return [begin + first, *rest]
+
+
+def _responses_done(index: int, item: dict[str, Any]) -> dict[str, Any]:
+    return {"id": f"item_{index}", "status": "completed"} | item
+
+
+def _responses_item(index: int, item: dict[str, Any], pieces: list[dict[str, Any]]) -> list[bytes]:
+    """Return an item of the output as one item for each delta; a call is one delta."""
+    done = _responses_done(index, item)
+    empty: dict[str, Any] = {
+        "summary": [],
+        "content": [],
+        "arguments": "",
+        "encrypted_content": None,
+    }
+    added = done | {"status": "in_progress"} | {name: empty[name] for name in empty if name in done}
+    place = {"output_index": index}
+    events = [_named(piece | place | {"item_id": done["id"]}) for piece in pieces]
+    if item["type"] == "function_call":
+        events = [b"".join(events)]
+    added_event = {"type": "response.output_item.added", "item": added}
+    events[0] = _named(added_event | place) + events[0]
+    events[-1] += _named({"type": "response.output_item.done", "item": done} | place)
+    return events
+
+
 def anthropic_deltas(reply: Reply, model: str) -> list[bytes]:
     """Return the stream of Messages for a reply: one item for each delta, and the end."""
     if reply.body is not None or reply.status != 200:
@@ -341,10 +430,11 @@ def _error(reply: Reply) -> dict[str, Any]:
 
 def _echo(body: dict[str, Any]) -> Reply:
     """Return what the user said last, in pieces that begin with their space."""
-    said = [message["content"] for message in body["messages"] if message["role"] == "user"]
+    turns = body["input"] if "input" in body else body["messages"]
+    said = [turn["content"] for turn in turns if turn.get("role") == "user"]
     last = said[-1] if said else ""
     if not isinstance(last, str):
-        last = " ".join(part["text"] for part in last if part["type"] == "text")
+        last = " ".join(part["text"] for part in last if part["type"] in ("text", "input_text"))
     first, *rest = last.split(" ")
     return Reply(text=[first, *(f" {word}" for word in rest)])
 

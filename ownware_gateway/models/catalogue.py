@@ -25,6 +25,7 @@ from ownware_gateway.models.anthropic import Anthropic
 from ownware_gateway.models.demo import Demo
 from ownware_gateway.models.http import Pool
 from ownware_gateway.models.openai import OpenAI
+from ownware_gateway.models.responses import Responses
 from ownware_gateway.settings import Settings, variable
 
 #: How long a local server may take to say which models it has, and how long that is believed.
@@ -81,7 +82,8 @@ class Provider:
     `url` and `key` are the settings that hold another address and a key; `needs` is the setting
     without which the provider cannot be used. `default` is the model to choose when nobody has
     chosen, `listed` the ids that the price data's many are cut down to: current ones that can chat
-    and call tools. `address` makes an address of what `url` holds, and `path` leads on to the
+    and call tools. `dialect` is spoken at any address, `own_dialect`, if there is one, at the
+    provider's own. `address` makes an address of what `url` holds, and `path` leads on to the
     dialect; `probe`, for a server that one runs oneself, leads to the list of its models.
     """
 
@@ -91,6 +93,7 @@ class Provider:
     key: str = ""
     needs: str = ""
     dialect: type[OpenAI] | type[Anthropic] = OpenAI
+    own_dialect: type[Responses] | None = None
     address: Callable[[str, str], str] = _address
     path: str = ""
     default: str = ""
@@ -98,7 +101,7 @@ class Provider:
     probe: str = ""
 
 
-#: Sorted as `GET /models` lists them. Models that speak only OpenAI's Responses are left out.
+#: Sorted as `GET /models` lists them.
 PROVIDERS: Final = (
     Provider(
         "openai",
@@ -106,8 +109,9 @@ PROVIDERS: Final = (
         url="openai_base_url",
         key="openai_api_key",
         needs="openai_api_key",
+        own_dialect=Responses,
         default="gpt-5.5",
-        listed=r"(?!.*-(?:codex|pro))(?:gpt-(?:4\.1|4o|[5-9])|o[3-9])",
+        listed=r"gpt-(?:4\.1|4o|[5-9])|o[3-9]",
     ),
     Provider(
         "anthropic",
@@ -297,10 +301,12 @@ class KnownModels:
         return getattr(self._settings, provider.key) if provider.key else ""
 
     def _adapter(self, provider: Provider) -> Model:
-        return provider.dialect(
+        address = self._address(provider)
+        own = provider.own_dialect if _is_own(address, provider) else None
+        return (own or provider.dialect)(
             self._pool,
             provider=provider.id,
-            base_url=self._address(provider) + provider.path,
+            base_url=address + provider.path,
             key=self._key(provider),
             key_variable=variable(provider.key) if provider.key else "",
             silence_s=self._settings.model_silence_s,
@@ -344,6 +350,12 @@ class KnownModels:
         except (aiohttp.ClientError, OSError, ValueError):
             # It is not there, too slow, or something else than a model server.
             return ()
+
+
+def _is_own(address: str, provider: Provider) -> bool:
+    """Return whether the address is the provider's own, a regional one (`eu.`…) included."""
+    host, own = (urlsplit(url).hostname or "" for url in (address, provider.base_url))
+    return f".{host}".endswith(f".{own}")
 
 
 def _split(model_id: str) -> tuple[Provider | None, str]:

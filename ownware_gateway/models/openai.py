@@ -66,27 +66,9 @@ class OpenAI:
     key: str = field(repr=False)
     key_variable: str
     silence_s: float
-    _unreasoning: set[str] = field(default_factory=set, init=False, repr=False)
 
     async def stream(self, request: Request) -> AsyncGenerator[Sequence[Part], None]:
         """Ask the model; see `Model.stream`."""
-        learned = request.model in self._unreasoning
-        try:
-            async with aclosing(self._answer(request)) as batches:
-                async for batch in batches:
-                    yield batch
-                return
-        except ModelError as error:
-            if learned or not request.tools or not _wants_no_reasoning(error):
-                raise
-        # OpenAI's newer models take tools here only without reasoning, and which ones do is
-        # learned from their refusal, which comes before anything else.
-        self._unreasoning.add(request.model)
-        async with aclosing(self._answer(request)) as batches:
-            async for batch in batches:
-                yield batch
-
-    async def _answer(self, request: Request) -> AsyncGenerator[Sequence[Part], None]:
         endpoint = Endpoint(
             provider=self.provider,
             url=f"{self.base_url.rstrip('/')}/chat/completions",
@@ -135,8 +117,6 @@ class OpenAI:
         return body | self._reasoning(request)
 
     def _reasoning(self, request: Request) -> dict[str, Any]:
-        if request.tools and request.model in self._unreasoning:
-            return {"reasoning_effort": "none"}
         if request.thinking is None:
             return {}
         effort = "none" if request.thinking == "off" else request.thinking
@@ -145,15 +125,10 @@ class OpenAI:
         return {"reasoning_effort": effort}
 
 
-def _wants_no_reasoning(error: ModelError) -> bool:
-    words = ("tools", "reasoning_effort")
-    return error.retry is None and all(word in error.message for word in words)
-
-
 def _message(turn: Message, model: str) -> dict[str, Any]:
     match turn:
         case UserTurn(text=text, files=files):
-            return {"role": "user", "content": _content(text, files) if files else text}
+            return {"role": "user", "content": content(text, files) if files else text}
         case ToolTurn():
             # The dialect has no field for a failure.
             text = f"Error: {turn.text}" if turn.is_error else turn.text
@@ -203,7 +178,8 @@ def _call(call_id: str, name: str, arguments: str) -> dict[str, Any]:
     }
 
 
-def _content(text: str, files: Iterable[File]) -> list[dict[str, Any]]:
+def content(text: str, files: Iterable[File]) -> list[dict[str, Any]]:
+    """Return what a person said as parts of a message: the text first, then each file."""
     return [*([{"type": "text", "text": text}] if text else []), *map(_file, files)]
 
 
@@ -280,12 +256,7 @@ class _Reply:
         self.finish_reason = ""
         self._endpoint = endpoint
         self._model = request.model
-        self._ids = {
-            call.id
-            for turn in request.messages
-            if isinstance(turn, AssistantTurn)
-            for call in turn.tool_calls
-        }
+        self._ids = call_ids(request)
         self._content: list[str] = []
         self._refusal: list[str] = []
         self._thinking: list[str] = []
@@ -300,7 +271,7 @@ class _Reply:
         parts: list[Part] = []
         try:
             for payload in payloads:
-                self._chunk(_load(payload), parts)
+                self._chunk(load(payload), parts)
         # What a chunk holds is looked into without asking first: here is where it may be anything.
         except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
             message = f"{self._endpoint.provider} sent something that is no chunk of an answer."
@@ -431,11 +402,7 @@ class _Reply:
         for call in reversed(self._calls):
             if call.continues(index, given_id, name):
                 return call
-        call_id = given_id
-        while not call_id or call_id in self._ids:
-            call_id = f"call_{secrets.token_hex(12)}"
-        self._ids.add(call_id)
-        self._calls.append(_Call(call_id, given_id, index))
+        self._calls.append(_Call(unique_id(given_id, self._ids), given_id, index))
         return self._calls[-1]
 
 
@@ -456,7 +423,27 @@ def _words(value: Any) -> str:
     return "".join(part.get("text") or "" for part in value)
 
 
-def _load(payload: bytes) -> Any:
+def call_ids(request: Request) -> set[str]:
+    """Return the ids of all tool calls in the conversation so far."""
+    return {
+        call.id
+        for turn in request.messages
+        if isinstance(turn, AssistantTurn)
+        for call in turn.tool_calls
+    }
+
+
+def unique_id(given: str, taken: set[str]) -> str:
+    """Return an id for a new call, the given one if it may be, and take it."""
+    call_id = given
+    while not call_id or call_id in taken:
+        call_id = f"call_{secrets.token_hex(12)}"
+    taken.add(call_id)
+    return call_id
+
+
+def load(payload: bytes) -> Any:
+    """Return the JSON value of an event, its text whole characters. Raises ValueError."""
     text = payload.decode("utf-8", "replace")
     if "\\ud" in text or "\\uD" in text:
         # JSON can name half a character, which nothing further on could write down.

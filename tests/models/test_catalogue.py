@@ -14,6 +14,8 @@ from ownware_gateway.errors import BootError, GatewayError
 from ownware_gateway.events import Usage
 from ownware_gateway.models import Answer, ModelInfo, Request, UserTurn
 from ownware_gateway.models.catalogue import DEMO_ID, PROBE_KEPT_S, PROVIDERS, KnownModels
+from ownware_gateway.models.openai import OpenAI
+from ownware_gateway.models.responses import Responses
 from ownware_gateway.settings import Settings
 from tests.provider import Provider, Reply
 
@@ -230,6 +232,32 @@ async def test_a_cloud_provider_is_asked_at_its_own_address_with_its_key(
     (asked,) = provider.requests
     assert asked.body["model"] == "brand/new-model"
     assert KEY in (asked.headers.get("x-api-key"), asked.headers.get("Authorization", "")[7:])
+
+
+@pytest.mark.parametrize(
+    ("address", "dialect"),
+    [
+        ("", Responses),
+        ("https://api.openai.com/v1", Responses),
+        ("https://eu.api.openai.com/v1/", Responses),
+        ("https://mine.openai.azure.com/openai/v1", OpenAI),
+        ("https://notapi.openai.com/v1", OpenAI),
+        ("https://api.openai.com.example.org/v1", OpenAI),
+        ("http://127.0.0.1:8000/v1", OpenAI),
+    ],
+)
+async def test_openai_is_asked_in_responses_at_its_own_address_only(
+    address: str, dialect: type
+) -> None:
+    models = KnownModels(settings(openai_api_key=KEY, openai_base_url=address))
+    found = models.resolve("openai:gpt-5.5").model
+    assert type(found) is dialect
+    assert getattr(found, "base_url", None) == (address or "https://api.openai.com/v1").rstrip("/")
+
+
+async def test_models_that_speak_only_responses_are_listed() -> None:
+    ids = {model.id for model in await KnownModels(settings()).list()}
+    assert {"openai:gpt-5.5-pro", "openai:gpt-5.3-codex", "openai:o3-pro"} <= ids
 
 
 async def test_ollama_is_asked_in_openais_dialect(provider: Provider) -> None:

@@ -2,9 +2,8 @@ import asyncio
 import base64
 import itertools
 import json
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -758,56 +757,6 @@ async def test_cancelling_the_reader_cuts_the_connection_at_once(
     with pytest.raises(asyncio.CancelledError):
         await task
     await provider.left()
-
-
-NO_TOOLS_WITH_REASONING = Reply(
-    status=400,
-    error="Function tools with reasoning_effort are not supported for test-model in "
-    "/v1/chat/completions. Please use /v1/responses instead.",
-    error_type="invalid_request_error",
-)
-
-
-def efforts(provider: Provider) -> Iterator[str | None]:
-    return (asked.body.get("reasoning_effort") for asked in provider.requests)
-
-
-@pytest.mark.parametrize("thinking", [None, "high"])
-async def test_a_model_that_takes_tools_only_without_reasoning_is_asked_so(
-    provider: Provider, model: OpenAI, thinking: Any
-) -> None:
-    provider.reply(NO_TOOLS_WITH_REASONING, Reply(text=["Yes."]))
-    parts = await ask(model, tools=[WEATHER], thinking=thinking)
-    assert answer(parts).turn.text == "Yes."
-    # What was learned holds for calls with tools, and for them alone.
-    await ask(model, tools=[WEATHER], thinking=thinking)
-    await ask(model, thinking=thinking)
-    assert list(efforts(provider)) == [thinking, "none", "none", thinking]
-
-
-async def test_several_runs_may_learn_the_same_of_a_model_at_once(
-    provider: Provider, model: OpenAI
-) -> None:
-    gate = asyncio.Event()
-    refusal = replace(NO_TOOLS_WITH_REASONING, gate=gate)
-    provider.reply(refusal, refusal)
-    async with asyncio.TaskGroup() as group:
-        tasks = [group.create_task(ask(model, tools=[WEATHER])) for _ in range(2)]
-        await provider.requested(2)
-        gate.set()
-    assert [answer(task.result()).turn.text for task in tasks] == ["Hi.", "Hi."]
-
-
-async def test_a_model_that_refuses_tools_again_is_not_asked_a_third_time(
-    provider: Provider, model: OpenAI
-) -> None:
-    provider.reply(NO_TOOLS_WITH_REASONING, NO_TOOLS_WITH_REASONING)
-    error = await failure(model, tools=[WEATHER])
-    assert error.retry is None
-    assert list(efforts(provider)) == [None, "none"]
-    provider.reply(NO_TOOLS_WITH_REASONING)
-    await failure(model, tools=[WEATHER])
-    assert list(efforts(provider)) == [None, "none", "none"]
 
 
 async def test_many_thousand_deltas_arrive_whole_and_in_order(
