@@ -1,0 +1,331 @@
+"""The event log: an append-only stream per (thread, agent), durable before it is visible.
+
+This is the contract; whoever keeps the log implements all of it and nothing more.
+
+- Nobody sees an event before its transaction is committed.
+- In each stream `seq` is 1, 2, 3 …: no hole, no reuse, not after a crash either.
+- Every append carries a guard, checked in its transaction: a refused append stores nothing.
+- Rows beside the events (`Run`, `Thread`, `Permission`) only make them quick to find; they change
+  in the transaction of the event that changes them.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Final, Literal, Protocol
+
+from ownware_gateway.events import (
+    AnyEvent,
+    DecidedBy,
+    Event,
+    RunStatus,
+    Usage,
+    decode,
+)
+
+#: The run's own agent; sub-agents have streams of their own.
+ROOT: Final = "root"
+
+#: The frames of one chunk take at most this many bytes, or are a single larger frame.
+CHUNK_BYTES_MAX: Final = 65_536
+
+
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """Names one stream of events."""
+
+    thread_id: str
+    agent_id: str = ROOT
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One stored event; `payload` is its JSON exactly as it goes on the wire, `seq` included."""
+
+    seq: int
+    type: str
+    payload: bytes
+
+    def event(self) -> AnyEvent:
+        """Return the event itself."""
+        return decode(self.payload)
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Some frames in a row, joined, ready for a socket.
+
+    A chunk never goes on past the end of a run: `ends_run` says that its last event is one.
+    """
+
+    data: bytes
+    last_seq: int
+    ends_run: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """What is known of a stream: its name in cursors, its first kept event and its last number."""
+
+    epoch: str
+    earliest: int
+    last: int
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A run as it is now; times are milliseconds since 1970."""
+
+    id: str
+    thread_id: str
+    agent_id: str
+    profile_id: str
+    model: str
+    status: RunStatus
+    code: str | None
+    generation: int
+    start_seq: int
+    end_seq: int | None
+    timeout_ms: int
+    active_ms: int
+    usage: Usage
+    accepted_at: int
+    started_at: int | None
+    updated_at: int
+    terminal_at: int | None
+    cancel_requested_at: int | None
+
+    @property
+    def terminal(self) -> bool:
+        """Whether the run has ended."""
+        return self.terminal_at is not None
+
+    @property
+    def stream(self) -> Stream:
+        """The stream that the run is an interval of."""
+        return Stream(self.thread_id, self.agent_id)
+
+
+@dataclass(frozen=True, slots=True)
+class Thread:
+    """A conversation, and the run under way in it, if any."""
+
+    id: str
+    profile_id: str | None
+    model: str | None
+    title: str
+    created_at: int
+    updated_at: int
+    active_run_id: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Permission:
+    """A question to a person, and its answer: `granted` is None until there is one."""
+
+    request_id: str
+    run_id: str
+    thread_id: str
+    agent_id: str
+    tool_name: str
+    operation_hash: str
+    turn_index: int
+    requested_at: int
+    expires_at: int
+    granted: bool | None
+    decided_by: DecidedBy | None
+    decided_at: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class NewRun:
+    """What the row of a run starts with; the thread is made if it does not exist."""
+
+    id: str
+    profile_id: str
+    model: str
+    timeout_ms: int
+    title: str
+
+
+@dataclass(frozen=True, slots=True)
+class Starts:
+    """Guard: there is no unfinished run on the stream. The append makes the run's row."""
+
+    run: NewRun
+
+
+@dataclass(frozen=True, slots=True)
+class Drives:
+    """Guard: the run has not ended and its generation is still this one. The engine's own."""
+
+    run_id: str
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
+class Decides:
+    """Guard: the request is undecided and has not expired. `late` is the engine's: it has."""
+
+    request_id: str
+    late: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Cancels:
+    """Guard: the run has not ended and nobody has asked to cancel it."""
+
+    run_id: str
+
+
+Guard = Starts | Drives | Decides | Cancels
+
+
+@dataclass(frozen=True, slots=True)
+class Private:
+    """A fact that is never served; it belongs to the last event of its append."""
+
+    kind: Literal["profile", "message", "attachment"]
+    body: bytes
+    index: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Append:
+    """Events to be stored together or not at all; `active_ms` updates the driven run's row."""
+
+    stream: Stream
+    guard: Guard
+    events: Sequence[Event]
+    private: Sequence[Private] = ()
+    active_ms: int | None = field(default=None, kw_only=True)
+
+
+class Refused(Exception):
+    """The guard of an append did not hold; `winner` is the fact that won, if there is one."""
+
+    def __init__(self, winner: Run | Permission | None) -> None:
+        super().__init__("the append was refused")
+        self.winner = winner
+
+
+class Commit(Protocol):
+    """An append under way."""
+
+    async def wait(self) -> int:
+        """Return the seq of the first event once all of them are durable; raises Refused."""
+        ...
+
+
+class Log(Protocol):
+    """What the log can do. Reads see committed events only."""
+
+    @property
+    def secret(self) -> bytes:
+        """A random key of this log, for hashes that nobody may guess."""
+        ...
+
+    def append(self, append: Append) -> Commit:
+        """Take events to be committed with the next group, in the order of the calls."""
+        ...
+
+    async def take_over(self, run_id: str) -> Run:
+        """Raise the run's generation, so that whoever drove it can write nothing more."""
+        ...
+
+    async def head(self, stream: Stream) -> Head | None:
+        """Return what is known of the stream; None when there is no such stream."""
+        ...
+
+    async def read(
+        self, stream: Stream, after: int, *, limit: int = 500, deltas: bool = True
+    ) -> list[Record]:
+        """Return the events with a seq above `after`, in order, at most `limit`."""
+        ...
+
+    async def private(
+        self, stream: Stream, kind: str, *, after: int = 0
+    ) -> list[tuple[int, int, bytes]]:
+        """Return (seq, index, body) of the private facts of a kind above a seq, in order."""
+        ...
+
+    async def chunk(self, stream: Stream, after: int) -> Chunk | None:
+        """Return the next frames after a cursor, as many as fit; None when there are none yet."""
+        ...
+
+    async def wait(self, stream: Stream, after: int, timeout_s: float) -> bool:
+        """Return True once there may be events above `after`; False when the time is over.
+
+        Level-triggered: it returns at once when they are there already. May return True early.
+        """
+        ...
+
+    def wake(self) -> None:
+        """End every wait now; for a gateway that is leaving."""
+        ...
+
+    async def run(self, run_id: str) -> Run | None:
+        """Return a run."""
+        ...
+
+    async def runs(self, query: "RunQuery") -> list[tuple[int, Run]]:
+        """Return (position, run), newest first; a position is where the next page goes on."""
+        ...
+
+    async def active_run(self, stream: Stream) -> Run | None:
+        """Return the unfinished run of a stream."""
+        ...
+
+    async def unfinished(self) -> list[Run]:
+        """Return every run that has not ended, oldest first."""
+        ...
+
+    async def thread(self, thread_id: str) -> Thread | None:
+        """Return a thread."""
+        ...
+
+    async def threads(self, query: "ThreadQuery") -> list[tuple[str, Thread]]:
+        """Return (position, thread), most recently changed first."""
+        ...
+
+    async def make_thread(self, thread_id: str, *, title: str, profile_id: str | None) -> Thread:
+        """Make an empty thread."""
+        ...
+
+    async def agents(self, thread_id: str) -> list[tuple[str, int]]:
+        """Return (agent id, last seq) of the thread's streams."""
+        ...
+
+    async def permission(self, request_id: str) -> Permission | None:
+        """Return a question to a person."""
+        ...
+
+    async def pending(self, *, run_id: str | None = None) -> list[Permission]:
+        """Return the undecided questions, of one run or of all, oldest first."""
+        ...
+
+    async def healthy(self) -> str | None:
+        """Return None when the log can write, otherwise a sentence that says what is wrong."""
+        ...
+
+    async def close(self) -> None:
+        """Commit what is under way and close the log."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class RunQuery:
+    """Which runs: of a status (`active` is all that have not ended), of a thread, before a one."""
+
+    status: str | None = None
+    thread_id: str | None = None
+    before: int | None = None
+    limit: int = 50
+
+
+@dataclass(frozen=True, slots=True)
+class ThreadQuery:
+    """Which threads: of a profile, changed before a position."""
+
+    profile_id: str | None = None
+    before: str | None = None
+    limit: int = 50

@@ -1,0 +1,129 @@
+-- Every statement of the log, by name.
+
+-- stream --
+SELECT streams.key, streams.head
+FROM streams JOIN threads ON threads.key = streams.thread_key
+WHERE threads.id = ? AND streams.agent_id = ?;
+
+-- head --
+SELECT streams.head,
+       (SELECT min(seq) FROM events WHERE stream_key = streams.key)
+FROM streams JOIN threads ON threads.key = streams.thread_key
+WHERE threads.id = ? AND streams.agent_id = ?;
+
+-- add_thread --
+INSERT INTO threads (id, profile_id, model, title, created_at, updated_at)
+VALUES (:id, :profile_id, :model, :title, :now, :now)
+ON CONFLICT (id) DO UPDATE SET
+    profile_id = excluded.profile_id,
+    model = excluded.model,
+    title = CASE WHEN threads.title = '' THEN excluded.title ELSE threads.title END,
+    updated_at = excluded.updated_at;
+
+-- add_stream --
+INSERT INTO streams (thread_key, agent_id)
+SELECT key, ? FROM threads WHERE id = ?
+ON CONFLICT DO NOTHING;
+
+-- add_event --
+INSERT INTO events (stream_key, seq, type, payload) VALUES (?, ?, ?, ?);
+
+-- add_private --
+INSERT INTO private (stream_key, seq, kind, body) VALUES (?, ?, ?, ?);
+
+-- move_head --
+UPDATE streams SET head = ? WHERE key = ?;
+
+-- add_run --
+INSERT INTO runs (id, thread_key, agent_id, profile_id, model, status, start_seq, timeout_ms,
+                  accepted_at, updated_at)
+SELECT :id, key, :agent_id, :profile_id, :model, 'accepted', :start_seq, :timeout_ms, :now, :now
+FROM threads WHERE id = :thread_id;
+
+-- fence --
+SELECT generation, terminal_at IS NOT NULL FROM runs WHERE id = ?;
+
+-- take_over --
+UPDATE runs SET generation = generation + 1 WHERE id = ? AND terminal_at IS NULL;
+
+-- run_active_ms --
+UPDATE runs SET active_ms = ? WHERE id = ?;
+
+-- run_starts --
+UPDATE runs SET status = 'running', started_at = :now, updated_at = :now
+WHERE id = :run_id AND status = 'accepted';
+
+-- run_usage --
+UPDATE runs SET usage = :usage, updated_at = :now WHERE id = :run_id;
+
+-- run_waits --
+UPDATE runs SET status = 'waiting', updated_at = :now WHERE id = :run_id AND status = 'running';
+
+-- run_goes_on --
+UPDATE runs SET status = 'running', updated_at = :now WHERE id = :run_id AND status = 'waiting';
+
+-- run_cancel --
+UPDATE runs SET status = 'cancel_requested', cancel_requested_at = :now, updated_at = :now
+WHERE id = :run_id;
+
+-- run_ends --
+UPDATE runs SET status = :status, code = :code, end_seq = :seq, usage = :usage,
+                terminal_at = :now, updated_at = :now
+WHERE id = :run_id;
+
+-- touch_thread --
+UPDATE threads SET updated_at = :now
+WHERE key = (SELECT thread_key FROM runs WHERE id = :run_id);
+
+-- ask --
+INSERT INTO permissions (request_id, run_key, tool_name, operation_hash, turn_index, requested_at,
+                         expires_at)
+SELECT :request_id, key, :tool_name, :operation_hash, :turn_index, :now, :expires_at
+FROM runs WHERE id = :run_id;
+
+-- decide --
+UPDATE permissions SET granted = :granted, decided_by = :decided_by, decided_at = :now
+WHERE request_id = :request_id AND granted IS NULL;
+
+-- records --
+SELECT seq, type, payload FROM events
+WHERE stream_key = ? AND seq > ? ORDER BY seq LIMIT ?;
+
+-- facts --
+SELECT seq, type, payload FROM events
+WHERE stream_key = ? AND seq > ?
+  AND type NOT IN ('text.delta', 'thinking.delta', 'tool.call.args_delta', 'tool.call.progress')
+ORDER BY seq LIMIT ?;
+
+-- private --
+SELECT seq, kind, body FROM private
+WHERE stream_key = ? AND kind >= ? AND kind < ? AND (seq, kind) > (?, ?) ORDER BY seq, kind;
+
+-- agents --
+SELECT streams.agent_id, streams.head
+FROM streams JOIN threads ON threads.key = streams.thread_key
+WHERE threads.id = ? ORDER BY streams.key;
+
+-- run_columns --
+SELECT runs.id, threads.id, runs.agent_id, runs.profile_id, runs.model, runs.status, runs.code,
+       runs.generation, runs.start_seq, runs.end_seq, runs.timeout_ms, runs.active_ms, runs.usage,
+       runs.accepted_at, runs.started_at, runs.updated_at, runs.terminal_at,
+       runs.cancel_requested_at, runs.key
+FROM runs JOIN threads ON threads.key = runs.thread_key;
+
+-- thread_columns --
+SELECT threads.id, threads.profile_id, threads.model, threads.title, threads.created_at,
+       threads.updated_at,
+       (SELECT runs.id FROM runs
+        WHERE runs.thread_key = threads.key AND runs.agent_id = 'root' AND terminal_at IS NULL),
+       threads.key
+FROM threads;
+
+-- permission_columns --
+SELECT permissions.request_id, runs.id, threads.id, runs.agent_id, permissions.tool_name,
+       permissions.operation_hash, permissions.turn_index, permissions.requested_at,
+       permissions.expires_at,
+       permissions.granted, permissions.decided_by, permissions.decided_at
+FROM permissions
+JOIN runs ON runs.key = permissions.run_key
+JOIN threads ON threads.key = runs.thread_key;
