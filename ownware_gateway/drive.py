@@ -1,0 +1,496 @@
+"""One run on its way: performs the steps that `run.next_step` names and appends their outcome.
+
+A drive holds what it has appended as facts, so each step is decided from what the log says, and a
+run that goes on after a restart is driven by the same code as one that has just begun.
+"""
+
+import asyncio
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from ownware_gateway.events import (
+    Event,
+    Fallback,
+    PermissionRequest,
+    Recovery,
+    RunCancel,
+    SessionStart,
+    TextComplete,
+    TextDelta,
+    ThinkingComplete,
+    ThinkingDelta,
+    ToolCallArgsDelta,
+    ToolCallEnd,
+    ToolCallExecute,
+    ToolCallProgress,
+    ToolCallStart,
+    TurnStart,
+)
+from ownware_gateway.log import Append, Commit, Drives, Log, Private, Run
+from ownware_gateway.masking import Masker
+from ownware_gateway.models import (
+    Answer,
+    CallStart,
+    Catalogue,
+    Dispatch,
+    ModelError,
+    Part,
+    Request,
+    Text,
+    Thinking,
+    ToolSpec,
+)
+from ownware_gateway.permissions import Verdict, allowed_tools, judge, operation_hash
+from ownware_gateway.profile import Profile
+from ownware_gateway.run import (
+    Ask,
+    Done,
+    EndTurn,
+    Finish,
+    Limits,
+    Question,
+    Refuse,
+    RunTools,
+    Step,
+    Wait,
+    after_failure,
+    closing,
+    next_step,
+    tool_end,
+    turn_end,
+)
+from ownware_gateway.tools import Context, Output, Tool, ToolFailed, clip, parse_arguments
+from ownware_gateway.transcript import (
+    NOTICE,
+    Answer as StoredAnswer,
+    Call,
+    RunFacts,
+    Turn,
+    conversation,
+    grants,
+)
+
+#: Events that may be on their way to the disk before the model's stream is read on.
+UNCOMMITTED_EVENTS_MAX: Final = 2_000
+
+#: Calls of one turn that run at the same time.
+PARALLEL_CALLS_MAX: Final = 16
+
+#: The longest line of progress that is kept.
+PROGRESS_CHARS_MAX: Final = 2_000
+
+_log: Final = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What every run is driven with."""
+
+    log: Log
+    catalogue: Catalogue
+    tools: Mapping[str, Tool]
+    masker: Masker
+    workspace: Path
+    environment: Mapping[str, str]
+    clock_ms: Callable[[], int]
+    new_id: Callable[[str], str]
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """What one run is driven with: `history` ends with the run itself."""
+
+    run: Run
+    profile: Profile
+    dispatch: Dispatch
+    history: Sequence[RunFacts]
+    restarted: bool = False
+
+
+class Drive:
+    """Drives one run until it ends, waits for a person, or is taken over."""
+
+    def __init__(self, parts: Parts, assignment: Assignment) -> None:
+        self._parts = parts
+        self._run = assignment.run
+        self._profile = assignment.profile
+        self._dispatch = assignment.dispatch
+        self._history = assignment.history
+        self._facts = assignment.history[-1]
+        self._restarted = assignment.restarted
+        self._tools = allowed_tools(assignment.profile, dict(parts.tools))
+        self._guard = Drives(assignment.run.id, assignment.run.generation)
+        self._limits = Limits(
+            assignment.profile.max_turns, assignment.profile.execution.max_cost_usd
+        )
+        self._loop = asyncio.get_running_loop()
+        self._began_s = self._loop.time()
+        self._scope: asyncio.Timeout | None = None
+        self._timed_out = False
+        self._leaving = False
+        self._uncommitted = 0
+        self._milestone: Commit | None = None
+
+    async def go(self) -> None:
+        """Take one step after the other. Raises Refused when the run is not ours any more."""
+        while not self._leaving:
+            step = next_step(self._facts, self._judge, self._limits, timed_out=self._timed_out)
+            match step:
+                case Done() | Wait():
+                    return
+                case Finish():
+                    await finish(self._parts, self._run, self._facts, step, self._active_ms())
+                case _:
+                    await self._within_time(step)
+
+    def leave(self) -> None:
+        """Stop before the next step: the gateway is leaving, and the log knows where to go on."""
+        self._leaving = True
+
+    def cancel(self, event: RunCancel) -> None:
+        """Note that the run was asked to stop, and cut off the step under way."""
+        self._facts.apply(event)
+        if self._scope is not None:
+            self._scope.reschedule(self._loop.time())
+
+    def _active_ms(self) -> int:
+        return self._run.active_ms + int((self._loop.time() - self._began_s) * 1000)
+
+    async def _within_time(self, step: Step) -> None:
+        left_s = (self._run.timeout_ms - self._active_ms()) / 1000
+        try:
+            async with asyncio.timeout(max(left_s, 0)) as self._scope:
+                await self._perform(step)
+        except TimeoutError:
+            if self._scope is None or not self._scope.expired():
+                raise
+            self._timed_out = True
+        finally:
+            self._scope = None
+
+    async def _perform(self, step: Step) -> None:
+        match step:
+            case Ask():
+                await self._ask(step)
+            case RunTools(calls):
+                await self._run_tools(calls)
+            case Question(call, reason):
+                await self._question(call, reason)
+            case Refuse(call, reason):
+                ended = clip(self._parts.masker.text(reason)).text
+                self._store([tool_end(self._turn, call, ended, is_error=True)])
+            case EndTurn(turn, reason):
+                self._store([turn_end(turn, reason, self._parts.clock_ms())])
+            case Done() | Wait() | Finish():
+                raise AssertionError(step)
+
+    @property
+    def _turn(self) -> Turn:
+        assert self._facts.turn is not None
+        return self._facts.turn
+
+    def _store(self, events: Sequence[Event], private: Sequence[Private] = ()) -> Commit:
+        """Append what happened and fold it into the facts; the commit says when it is durable."""
+        for event in events:
+            self._facts.apply(event)
+        return self._parts.log.append(
+            Append(self._run.stream, self._guard, events, private, active_ms=self._active_ms())
+        )
+
+    # -- asking the model
+
+    async def _ask(self, step: Ask) -> None:
+        opening = self._opening(step)
+        if opening:
+            self._store(opening)
+        turn = self._turn
+        try:
+            answer = await self._listen(turn)
+        except ModelError as error:
+            await self._after_failure(turn, error)
+        else:
+            await self._keep(turn, answer)
+
+    def _opening(self, step: Ask) -> list[Event]:
+        now = self._parts.clock_ms()
+        events: list[Event] = []
+        if self._facts.session is None:
+            events.append(
+                SessionStart(
+                    run_id=self._run.id,
+                    session_id=self._run.id,
+                    profile_id=self._run.profile_id,
+                    model=self._dispatch.id,
+                    fallback=fallback_of(self._profile, self._dispatch),
+                    timestamp=now,
+                )
+            )
+        if self._restarted and (step.supersedes is not None or not step.new_turn):
+            recovery = Recovery(
+                reason="restart",
+                attempt=self._turn.retries + 1,
+                detail="The gateway was restarted during the answer; the model is asked again.",
+                turn_index=self._turn.index,
+                supersedes=step.supersedes,
+            )
+            events += self._again(recovery, now)
+        elif step.new_turn:
+            events.append(TurnStart(turn_index=step.turn_index, timestamp=now))
+        self._restarted = False
+        return events
+
+    def _again(self, recovery: Recovery, now: int) -> list[Event]:
+        """Return what announces that the model is asked again.
+
+        Where something was shown already, a person sees why it starts anew, in a turn of its own.
+        """
+        if recovery.supersedes is None:
+            return [recovery]
+        index = recovery.supersedes
+        return [
+            TextDelta(text=NOTICE, turn_index=index, notice=True),
+            recovery,
+            TurnStart(turn_index=index + 1, timestamp=now),
+        ]
+
+    async def _listen(self, turn: Turn) -> Answer:
+        """Append the model's answer as it comes; return it whole."""
+        stream = self._dispatch.model.stream(self._request())
+        answer: Answer | None = None
+        async with aclosing(stream) as batches:  # type: ignore[type-var]
+            async for parts in batches:
+                events, ended = _events(parts, turn)
+                answer = ended or answer
+                if events:
+                    await self._pace(self._store_deltas(turn, events), len(events))
+        if answer is None:
+            raise ModelError("The model's answer ended in the middle.", retry="connection")
+        return answer
+
+    def _store_deltas(self, turn: Turn, events: Sequence[Event]) -> Commit:
+        """Append without folding: all that deltas say to the facts is that something was shown."""
+        turn.shown = True
+        for event in events:
+            if isinstance(event, ToolCallStart):
+                self._facts.apply(event)
+        return self._parts.log.append(Append(self._run.stream, self._guard, events))
+
+    async def _pace(self, commit: Commit, events: int) -> None:
+        """Hold the model back when the disk does not keep up: two batches may be under way."""
+        self._uncommitted += events
+        if self._uncommitted >= UNCOMMITTED_EVENTS_MAX // 2:
+            if self._milestone is not None:
+                await self._milestone.wait()
+            self._milestone, self._uncommitted = commit, 0
+
+    def _request(self) -> Request:
+        profile = self._profile
+        return Request(
+            model=self._dispatch.name,
+            messages=conversation(self._history),
+            system=profile.instructions,
+            tools=[
+                ToolSpec(tool.name, tool.description, tool.input_schema)
+                for tool in self._tools.values()
+            ],
+            temperature=profile.temperature,
+            max_tokens=profile.max_tokens,
+            thinking=profile.thinking,
+        )
+
+    async def _keep(self, turn: Turn, answer: Answer) -> None:
+        """Append that the answer is whole, and keep it exactly, before anything follows from it."""
+        index = turn.index
+        usage = self._parts.catalogue.price(self._dispatch.id, answer.usage)
+        turn.answer = StoredAnswer(answer.turn, answer.stop_reason, usage)
+        events: list[Event] = []
+        if answer.turn.thinking:
+            events.append(ThinkingComplete(text=answer.turn.thinking, turn_index=index))
+        for call in answer.turn.tool_calls:
+            if call.id not in turn.calls:
+                events.append(
+                    ToolCallStart(tool_call_id=call.id, tool_name=call.name, turn_index=index)
+                )
+            shown = self._shown_arguments(call.arguments)
+            events.append(ToolCallArgsDelta(tool_call_id=call.id, delta=shown, turn_index=index))
+        events.append(TextComplete(text=answer.turn.text, turn_index=index))
+        await self._store(events, [Private("message", turn.answer.dump())]).wait()
+
+    def _shown_arguments(self, arguments: str) -> str:
+        """Return a call's arguments as people may see them.
+
+        Sent whole and not in pieces, since a secret cannot be recognised in pieces.
+        """
+        try:
+            value = self._parts.masker.value(json.loads(arguments or "{}"))
+        except ValueError:
+            return self._parts.masker.text(arguments)
+        return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+    async def _after_failure(self, turn: Turn, error: ModelError) -> None:
+        message = self._parts.masker.text(error.message)
+        then = after_failure(turn, error)
+        if isinstance(then, Finish):
+            failed = Finish(then.status, then.reason, then.code, message)
+            await finish(self._parts, self._run, self._facts, failed, self._active_ms())
+            return
+        assert error.retry is not None
+        recovery = Recovery(
+            reason=error.retry,
+            attempt=then.attempt,
+            detail=f"{message} Trying again in {then.delay_s:g} s.",
+            turn_index=turn.index,
+            supersedes=turn.index if turn.shown else None,
+        )
+        await self._store(self._again(recovery, self._parts.clock_ms())).wait()
+        await asyncio.sleep(then.delay_s)
+
+    # -- tools and permissions
+
+    def _judge(self, call: Call) -> Verdict:
+        tool = self._tools.get(call.name)
+        if tool is None:
+            names = ", ".join(sorted(self._tools)) or "none"
+            return Verdict("deny", f"There is no tool named {call.name!r}. There are: {names}.")
+        if call.executing:
+            if tool.safe_to_repeat:
+                return Verdict("run", "it is safe to repeat")
+            return Verdict(
+                "deny",
+                "Interrupted: the gateway stopped while this ran. It may have had its effect, in "
+                "whole or in part, and is not run again by itself.",
+            )
+        try:
+            arguments = self._arguments(call)
+        except ToolFailed as error:
+            return Verdict("deny", str(error))
+        operation = operation_hash(self._parts.log.secret, tool.name, arguments)
+        return judge(self._profile, tool, operation, grants(self._history))
+
+    def _arguments(self, call: Call) -> dict[str, Any]:
+        """Return the exact arguments of a call; raises ToolFailed when they do not fit."""
+        answer = self._turn.answer
+        assert answer is not None
+        wanted = next(item for item in answer.turn.tool_calls if item.id == call.id)
+        return parse_arguments(self._tools[call.name], wanted.arguments)
+
+    async def _question(self, call: Call, reason: str) -> None:
+        arguments = self._arguments(call)
+        request = PermissionRequest(
+            request_id=self._parts.new_id("perm"),
+            tool_call_id=call.id,
+            tool_name=call.name,
+            input=self._parts.masker.value(arguments),
+            reason=reason,
+            operation_hash=operation_hash(self._parts.log.secret, call.name, arguments),
+            expires_at=self._parts.clock_ms() + self._profile.security.hitl_timeout_ms,
+            turn_index=self._turn.index,
+        )
+        await self._store([request]).wait()
+
+    async def _run_tools(self, calls: Sequence[Call]) -> None:
+        """Run calls together. That they begin is durable before any of them has an effect."""
+        turn = self._turn
+        arguments = [self._arguments(call) for call in calls]
+        begin = [
+            ToolCallExecute(
+                tool_call_id=call.id,
+                tool_name=call.name,
+                input=self._parts.masker.value(given),
+                turn_index=turn.index,
+            )
+            for call, given in zip(calls, arguments, strict=True)
+        ]
+        await self._store(begin).wait()
+        free = asyncio.Semaphore(PARALLEL_CALLS_MAX)
+        try:
+            async with asyncio.TaskGroup() as group:
+                for call, given in zip(calls, arguments, strict=True):
+                    group.create_task(self._call(turn, call, given, free))
+        except ExceptionGroup as failures:
+            # One says it all: the run is not ours any more, and the other calls were cut off.
+            raise failures.exceptions[0] from None
+
+    async def _call(
+        self, turn: Turn, call: Call, arguments: dict[str, Any], free: asyncio.Semaphore
+    ) -> None:
+        tool = self._tools[call.name]
+        async with free:
+            began_s = self._loop.time()
+            output = await self._output(tool, call, arguments)
+            took_ms = int((self._loop.time() - began_s) * 1000)
+        ended = ToolCallEnd(
+            tool_call_id=call.id,
+            tool_name=call.name,
+            result=self._parts.masker.text(output.text),
+            is_error=output.is_error,
+            duration_ms=took_ms,
+            turn_index=turn.index,
+            truncated=output.truncated,
+            output_bytes_raw=output.bytes_raw,
+        )
+        await self._store([ended]).wait()
+
+    async def _output(self, tool: Tool, call: Call, arguments: dict[str, Any]) -> Output:
+        def progress(line: str) -> None:
+            shown = self._parts.masker.text(line)[:PROGRESS_CHARS_MAX]
+            event = ToolCallProgress(
+                tool_call_id=call.id, progress=shown, turn_index=self._turn.index
+            )
+            self._parts.log.append(Append(self._run.stream, self._guard, [event]))
+
+        context = Context(self._parts.workspace, self._parts.environment, progress)
+        try:
+            async with asyncio.timeout(tool.timeout_s):
+                return await tool.call(context, arguments)
+        except ToolFailed as error:
+            return _failed(str(error))
+        except TimeoutError:
+            return _failed(f"Stopped: {tool.name} took longer than {tool.timeout_s:g} s.")
+        except Exception:  # noqa: BLE001 - a tool's bug is the model's to hear of, not the run's end
+            _log.exception("the tool %s failed in run %s", tool.name, self._run.id)
+            return _failed(f"{tool.name} failed inside the gateway; its log says why.")
+
+
+def fallback_of(profile: Profile, dispatch: Dispatch) -> Fallback | None:
+    """Return why another model answers than the profile names; None when it is the one."""
+    if dispatch.fallback_reason is None:
+        return None
+    return Fallback(requested_model=profile.model, reason=dispatch.fallback_reason)
+
+
+async def finish(
+    parts: Parts, run: Run, facts: RunFacts, how: Finish, active_ms: int | None = None
+) -> None:
+    """End a run, and all that it left open, in one append. Raises Refused when it is not ours."""
+    events = closing(facts, how, parts.clock_ms())
+    guard = Drives(run.id, run.generation)
+    await parts.log.append(Append(run.stream, guard, events, active_ms=active_ms)).wait()
+
+
+def _failed(message: str) -> Output:
+    output = clip(message)
+    return Output(output.text, output.truncated, output.bytes_raw, is_error=True)
+
+
+def _events(parts: Sequence[Part], turn: Turn) -> tuple[list[Event], Answer | None]:
+    """Return the events that a batch of the model's stream is, and the answer if it ended."""
+    index = turn.index
+    events: list[Event] = []
+    answer: Answer | None = None
+    for part in parts:
+        match part:
+            case Text(text):
+                events.append(TextDelta(text=text, turn_index=index))
+            case Thinking(text):
+                events.append(ThinkingDelta(text=text, turn_index=index))
+            case CallStart(call_id, name):
+                events.append(ToolCallStart(tool_call_id=call_id, tool_name=name, turn_index=index))
+            case Answer():
+                answer = part
+    return events, answer

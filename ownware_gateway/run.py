@@ -1,0 +1,313 @@
+"""What a run is, and its next step: pure.
+
+`next_step` looks at what is in the log and says what happens next. A run that starts and one that
+goes on after a restart ask the same question of the same facts.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final, Literal
+
+from ownware_gateway.events import (
+    DecidedBy,
+    EndStatus,
+    Error,
+    Event,
+    PermissionResponse,
+    SessionEnd,
+    StopReason,
+    ToolCallEnd,
+    TurnEnd,
+    TurnInterrupted,
+    Usage,
+)
+from ownware_gateway.models import ModelError
+from ownware_gateway.permissions import Verdict
+from ownware_gateway.transcript import Call, RunFacts, Turn
+
+#: How often in a row a model call is tried again before the run fails.
+RETRIES_MAX: Final = 5
+
+#: The first wait before a retry, doubled each time up to the maximum; a provider's own word
+#: (`Retry-After`) counts instead, up to its own maximum.
+RETRY_S: Final = 0.5
+RETRY_S_MAX: Final = 30.0
+RETRY_AFTER_S_MAX: Final = 300.0
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """Ask the model: in a new turn, or again in the one that has shown nothing yet.
+
+    `supersedes` is the turn whose shown text is not part of the answer any more.
+    """
+
+    turn_index: int
+    new_turn: bool
+    supersedes: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RunTools:
+    """Run these calls, together."""
+
+    calls: tuple[Call, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Refuse:
+    """End a call without running it; the reason is its result."""
+
+    call: Call
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """Ask a person whether the call may run."""
+
+    call: Call
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """Nothing can happen before a person answers."""
+
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class EndTurn:
+    """The turn is over and the model is asked again."""
+
+    turn: Turn
+    reason: StopReason
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """The run ends. `message` says what failed, where something did."""
+
+    status: EndStatus
+    reason: StopReason
+    code: str | None = None
+    message: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """The run has ended."""
+
+
+#: How a run ends that was asked to stop.
+CANCELLED: Final = Finish("cancelled", "aborted", "cancelled")
+
+Step = Ask | RunTools | Refuse | Question | Wait | EndTurn | Finish | Done
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What the run may take. Active time is watched by whoever performs the steps."""
+
+    turns_max: int
+    cost_usd_max: float | None
+
+
+def next_step(
+    facts: RunFacts, judge: Callable[[Call], Verdict], limits: Limits, *, timed_out: bool = False
+) -> Step:
+    """Return what happens next in a run of which the log says this.
+
+    `judge` decides whether a call may run, needs a person, or is refused.
+    """
+    if facts.end is not None:
+        return Done()
+    if facts.cancel is not None:
+        return CANCELLED
+    if timed_out:
+        return Finish("timed_out", "aborted", "timed_out")
+    turn = facts.turn
+    if turn is None:
+        return Ask(0, new_turn=True)
+    if not turn.complete:
+        if turn.shown:
+            return Ask(turn.index + 1, new_turn=True, supersedes=turn.index)
+        return Ask(turn.index, new_turn=False)
+    if turn.end is not None:
+        return _stop_at_limit(facts, limits) or Ask(turn.index + 1, new_turn=True)
+    if not turn.calls:
+        reason = turn.answer.stop_reason if turn.answer is not None else "end_turn"
+        if reason == "pause_turn":
+            return _stop_at_limit(facts, limits) or EndTurn(turn, reason)
+        return Finish("succeeded", reason)
+    return (
+        _next_for_calls(turn, judge) or _stop_at_limit(facts, limits) or EndTurn(turn, "tool_use")
+    )
+
+
+def _next_for_calls(turn: Turn, judge: Callable[[Call], Verdict]) -> Step | None:
+    """Return what to do with the turn's calls; None when all have ended.
+
+    Free calls run first, then people are asked, one question at a time, and what they granted runs
+    together: nobody waits for a person who need not.
+    """
+    free: list[Call] = []
+    granted: list[Call] = []
+    question: Wait | Question | None = None
+    for call in turn.calls.values():
+        if call.end is not None:
+            continue
+        match _next_for_call(call, judge):
+            case Refuse() as refuse:
+                return refuse
+            case Wait() | Question() as asks:
+                question = question or asks
+            case "granted":
+                granted.append(call)
+            case "free":
+                free.append(call)
+    if free:
+        return RunTools(tuple(free))
+    return question or (RunTools(tuple(granted)) if granted else None)
+
+
+def _next_for_call(
+    call: Call, judge: Callable[[Call], Verdict]
+) -> Refuse | Wait | Question | Literal["granted", "free"]:
+    if call.response is not None and not call.executing:
+        return "granted" if call.response.granted else Refuse(call, _denial(call.response))
+    if call.request is not None and not call.executing:
+        return Wait(call.request.request_id)
+    # A call that was executing was cut off by a restart: `judge` says whether it may run again.
+    verdict = judge(call)
+    if verdict.decision == "deny":
+        return Refuse(call, verdict.reason)
+    return "free" if verdict.decision == "run" else Question(call, verdict.reason)
+
+
+def _denial(response: PermissionResponse) -> str:
+    return f"Denied: {response.reason}"
+
+
+def _stop_at_limit(facts: RunFacts, limits: Limits) -> Finish | None:
+    if facts.turns_done >= limits.turns_max:
+        return Finish("failed", "max_turns", "max_turns")
+    cost = facts.usage.cost_usd
+    if limits.cost_usd_max is not None and cost is not None and cost >= limits.cost_usd_max:
+        return Finish("failed", "budget_exceeded", "budget_exceeded")
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class Retry:
+    """Try the model call again after a while."""
+
+    delay_s: float
+    attempt: int
+
+
+def after_failure(turn: Turn, error: ModelError) -> Retry | Finish:
+    """Return what follows a failed model call: another try, or the end of the run."""
+    attempt = turn.retries + 1
+    if error.retry is None or attempt > RETRIES_MAX:
+        return Finish("failed", "error", error.code, error.message)
+    if error.retry_after_s is not None:
+        if error.retry_after_s > RETRY_AFTER_S_MAX:
+            return Finish("failed", "error", error.code, error.message)
+        return Retry(error.retry_after_s, attempt)
+    return Retry(min(RETRY_S * 2 ** (attempt - 1), RETRY_S_MAX), attempt)
+
+
+def closing(facts: RunFacts, finish: Finish, now_ms: int) -> list[Event]:
+    """Return the events that end the run and everything it left open, for one append.
+
+    A run that was asked to stop ends as cancelled, whatever else has gone wrong meanwhile.
+    """
+    if facts.cancel is not None:
+        finish = CANCELLED
+    turn = facts.turn
+    events: list[Event] = []
+    if turn is not None and turn.end is None:
+        events += _close_calls(turn, finish)
+    if finish.reason == "error":
+        index = turn.index if turn is not None else None
+        events.append(
+            Error(
+                code=finish.code or "internal",
+                message=finish.message or "The run failed.",
+                recoverable=False,
+                turn_index=index,
+            )
+        )
+    if turn is not None and turn.end is None:
+        events.append(_end_turn(turn, finish, now_ms))
+    for event in events:
+        facts.apply(event)
+    end = SessionEnd(
+        run_id=facts.message.run_id,
+        session_id=facts.message.run_id,
+        status=finish.status,
+        reason=finish.reason,
+        code=finish.code,
+        total_usage=facts.usage,
+        turn_count=facts.turns_done,
+        timestamp=now_ms,
+    )
+    facts.apply(end)
+    return [*events, end]
+
+
+def _end_turn(turn: Turn, finish: Finish, now_ms: int) -> Event:
+    if finish.reason == "aborted":
+        return TurnInterrupted(
+            turn_index=turn.index,
+            reason="timeout" if finish.status == "timed_out" else "aborted",
+            timestamp=now_ms,
+        )
+    limited = finish.reason in ("max_turns", "budget_exceeded")
+    return turn_end(turn, "tool_use" if limited else finish.reason, now_ms)
+
+
+def turn_end(turn: Turn, reason: StopReason, now_ms: int) -> TurnEnd:
+    """Return the end of a turn."""
+    usage = turn.answer.usage if turn.answer is not None else Usage()
+    return TurnEnd(turn_index=turn.index, stop_reason=reason, usage=usage, timestamp=now_ms)
+
+
+def _close_calls(turn: Turn, finish: Finish) -> list[Event]:
+    """End what is open, so that the next request to a provider is valid."""
+    decided_by: DecidedBy = "timeout" if finish.status == "timed_out" else "cancel"
+    why = f"the run {'ran out of time' if finish.status == 'timed_out' else 'ended'}"
+    events: list[Event] = []
+    for call in turn.calls.values():
+        if call.end is not None:
+            continue
+        if call.request is not None and call.response is None:
+            events.append(
+                PermissionResponse(
+                    request_id=call.request.request_id,
+                    granted=False,
+                    decided_by=decided_by,
+                    reason=why,
+                    turn_index=turn.index,
+                )
+            )
+        how = "Interrupted" if call.executing else "Not run"
+        events.append(
+            tool_end(turn, call, f"{how}: {why}.", is_error=True),
+        )
+    return events
+
+
+def tool_end(turn: Turn, call: Call, result: str, *, is_error: bool) -> ToolCallEnd:
+    """Return the end of a call that did not run."""
+    return ToolCallEnd(
+        tool_call_id=call.id,
+        tool_name=call.name,
+        result=result,
+        is_error=is_error,
+        duration_ms=0,
+        turn_index=turn.index,
+        output_bytes_raw=len(result.encode()),
+    )

@@ -1,0 +1,435 @@
+"""What the log says happened: events folded into runs, turns and calls, and those into messages.
+
+Pure but for `load`, which reads. Deltas are skipped: what they say stands whole in a later event,
+save the text of a turn that was cut off, which is fetched by itself.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from ownware_gateway.events import (
+    Error,
+    Event,
+    PermissionRequest,
+    PermissionResponse,
+    Recovery,
+    RunCancel,
+    SessionEnd,
+    SessionStart,
+    StopReason,
+    TextComplete,
+    TextDelta,
+    ThinkingComplete,
+    ThinkingDelta,
+    ToolCallArgsDelta,
+    ToolCallEnd,
+    ToolCallExecute,
+    ToolCallStart,
+    TurnEnd,
+    TurnInterrupted,
+    TurnStart,
+    Usage,
+    UserMessage,
+)
+from ownware_gateway.log import Log, Record, Stream
+from ownware_gateway.models import (
+    AssistantTurn,
+    File,
+    Message,
+    ToolCall,
+    ToolTurn,
+    UserTurn,
+)
+
+PAGE: Final = 500
+
+NOTICE: Final = "\n\n[interrupted, answering again]\n\n"
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A model's answer as the private facts keep it: enough to go on and to send it back."""
+
+    turn: AssistantTurn
+    stop_reason: StopReason
+    usage: Usage
+
+    def dump(self) -> bytes:
+        """Return it as JSON."""
+        turn = self.turn
+        body = {
+            "text": turn.text,
+            "thinking": turn.thinking,
+            "calls": [[call.id, call.name, call.arguments] for call in turn.tool_calls],
+            "dialect": turn.dialect,
+            "model": turn.model,
+            "raw": turn.raw,
+            "stopReason": self.stop_reason,
+            "usage": self.usage.model_dump(),
+        }
+        return json.dumps(body).encode()
+
+    @staticmethod
+    def restore(body: bytes) -> "Answer":
+        """Return the answer that `dump` wrote."""
+        data = json.loads(body)
+        turn = AssistantTurn(
+            text=data["text"],
+            thinking=data["thinking"],
+            tool_calls=[ToolCall(*call) for call in data["calls"]],
+            dialect=data["dialect"],
+            model=data["model"],
+            raw=data["raw"],
+        )
+        return Answer(turn, data["stopReason"], Usage.model_validate(data["usage"]))
+
+
+@dataclass(slots=True)
+class Call:
+    """One tool call and how far it got. `input` is as shown, secrets masked."""
+
+    id: str
+    name: str
+    input: dict[str, Any] = field(default_factory=dict)
+    request: PermissionRequest | None = None
+    response: PermissionResponse | None = None
+    executing: bool = False
+    end: ToolCallEnd | None = None
+
+
+@dataclass(slots=True)
+class Turn:
+    """One call of the model and the tools it asked for."""
+
+    index: int
+    timestamp: int
+    seq: int = 0
+    complete_seq: int = 0
+    text: str | None = None
+    thinking: str = ""
+    #: Something of an answer that is not complete was shown, so asking again must say so.
+    shown: bool = False
+    #: How often in a row the call was tried again.
+    retries: int = 0
+    calls: dict[str, Call] = field(default_factory=dict)
+    answer: Answer | None = None
+    end: TurnEnd | None = None
+    interrupted: bool = False
+    superseded: bool = False
+    cut_text: str = ""
+
+    @property
+    def complete(self) -> bool:
+        """Whether the model's answer is whole."""
+        return self.text is not None
+
+
+@dataclass(slots=True)
+class RunFacts:
+    """Everything that the log says of one run."""
+
+    message: UserMessage
+    seq: int = 0
+    files: Sequence[File] = ()
+    session: SessionStart | None = None
+    turns: list[Turn] = field(default_factory=list)
+    cancel: RunCancel | None = None
+    error: Error | None = None
+    end: SessionEnd | None = None
+
+    @property
+    def turn(self) -> Turn | None:
+        """The turn that is under way, or was last."""
+        return self.turns[-1] if self.turns else None
+
+    @property
+    def usage(self) -> Usage:
+        """What the run's model calls used so far, the ones whose turn has not ended included."""
+        total = Usage()
+        for turn in self.turns:
+            if turn.end is not None:
+                total = total.plus(turn.end.usage)
+            elif turn.answer is not None:
+                total = total.plus(turn.answer.usage)
+        return total
+
+    @property
+    def turns_done(self) -> int:
+        """How many answers the model has finished."""
+        return sum(turn.complete for turn in self.turns)
+
+    def question(self) -> PermissionRequest | None:
+        """Return the question to a person that has no answer yet."""
+        if self.turn is None:
+            return None
+        return next(
+            (
+                call.request
+                for call in self.turn.calls.values()
+                if call.request is not None and call.response is None and call.end is None
+            ),
+            None,
+        )
+
+    def apply(self, event: Event, seq: int = 0) -> None:
+        """Take the next event of the run."""
+        match event:
+            case SessionStart():
+                self.session = event
+            case TurnStart():
+                # A turn that takes the place of one that was cut off goes on counting its retries.
+                cut = self.turn is not None and not self.turn.complete
+                retries = self.turn.retries if self.turn is not None and cut else 0
+                self.turns.append(Turn(event.turn_index, event.timestamp, seq, retries=retries))
+            case RunCancel():
+                self.cancel = event
+            case Error():
+                self.error = event
+            case SessionEnd():
+                self.end = event
+            case _ if self.turns:
+                _apply_to_turn(self, self.turns[-1], event, seq)
+            case _:
+                pass
+
+
+def _apply_to_turn(run: RunFacts, turn: Turn, event: Event, seq: int) -> None:
+    match event:
+        case TextDelta(notice=False) | ThinkingDelta():
+            turn.shown = True
+        case ThinkingComplete():
+            turn.thinking = event.text
+        case TextComplete():
+            turn.text = event.text
+            turn.complete_seq = seq
+            turn.retries = 0
+        case TurnEnd():
+            turn.end = event
+        case TurnInterrupted():
+            turn.interrupted = True
+        case Recovery():
+            if event.reason != "restart":
+                turn.retries = event.attempt
+            for earlier in run.turns:
+                earlier.superseded |= earlier.index == event.supersedes
+        case _:
+            _apply_to_call(turn, event)
+
+
+def _apply_to_call(turn: Turn, event: Event) -> None:
+    match event:
+        case ToolCallStart():
+            turn.shown = True
+            turn.calls[event.tool_call_id] = Call(event.tool_call_id, event.tool_name)
+        case ToolCallArgsDelta():
+            turn.calls[event.tool_call_id].input = _object(event.delta)
+        case ToolCallExecute():
+            turn.calls[event.tool_call_id].executing = True
+            turn.calls[event.tool_call_id].input = event.input
+        case ToolCallEnd():
+            turn.calls[event.tool_call_id].end = event
+        case PermissionRequest():
+            turn.calls[event.tool_call_id].request = event
+            turn.calls[event.tool_call_id].input = event.input
+        case PermissionResponse():
+            for call in turn.calls.values():
+                if call.request is not None and call.request.request_id == event.request_id:
+                    call.response = event
+        case _:
+            pass
+
+
+def _object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def fold(records: Sequence[tuple[int, Event]]) -> list[RunFacts]:
+    """Return the runs that a stream's events, with their numbers, tell of."""
+    runs: list[RunFacts] = []
+    for seq, event in records:
+        if isinstance(event, UserMessage):
+            runs.append(RunFacts(event, seq))
+        elif runs:
+            runs[-1].apply(event, seq)
+    return runs
+
+
+async def load(log: Log, stream: Stream, *, files: bool = True) -> list[RunFacts]:
+    """Return every run of a stream as the log has it now, answers and cut-off text included.
+
+    `files` fetches the attachments' bytes too.
+    """
+    runs = fold([(record.seq, record.event()) async for record in _facts(log, stream)])
+    answers = {seq: body for seq, _, body in await log.private(stream, "message")}
+    attached: dict[int, list[bytes]] = {}
+    if files and any(run.message.attachments for run in runs):
+        for seq, _, body in await log.private(stream, "attachment"):
+            attached.setdefault(seq, []).append(body)
+    for run in runs:
+        run.files = [
+            File(item.filename, item.mime_type, body)
+            for item, body in zip(
+                run.message.attachments or (), attached.get(run.seq, ()), strict=False
+            )
+        ]
+        for turn in run.turns:
+            if turn.complete_seq in answers:
+                turn.answer = Answer.restore(answers[turn.complete_seq])
+            elif not turn.complete and not turn.superseded:
+                await _load_cut_text(log, stream, turn)
+    return runs
+
+
+async def _facts(log: Log, stream: Stream) -> Any:
+    after = 0
+    while records := await log.read(stream, after, limit=PAGE, deltas=False):
+        for record in records:
+            yield record
+        after = records[-1].seq
+
+
+async def _load_cut_text(log: Log, stream: Stream, turn: Turn) -> None:
+    """Fetch what was shown of an answer that never became whole."""
+    pieces: list[str] = []
+    after = turn.seq
+    while records := await log.read(stream, after, limit=PAGE):
+        for record in records:
+            if record.type in _TURN_OVER:
+                turn.cut_text = "".join(pieces)
+                return
+            turn.shown |= record.type in _SHOWN
+            pieces += _text_of(record)
+        after = records[-1].seq
+    turn.cut_text = "".join(pieces)
+
+
+_TURN_OVER: Final = frozenset({"turn.start", "turn.interrupted", "session.end", "user.message"})
+_SHOWN: Final = frozenset({"text.delta", "thinking.delta", "tool.call.start"})
+
+
+def _text_of(record: Record) -> list[str]:
+    if record.type != "text.delta":
+        return []
+    event = record.event()
+    return [event.text] if isinstance(event, TextDelta) and not event.notice else []
+
+
+def conversation(runs: Sequence[RunFacts]) -> list[Message]:
+    """Return the messages to ask a model with: what was said, superseded turns left out.
+
+    Every tool call has its result, and every run but the last ends with a word of the assistant:
+    some providers refuse anything else.
+    """
+    messages: list[Message] = []
+    for run in runs:
+        messages.append(UserTurn(run.message.text, run.files))
+        for turn in run.turns:
+            if not turn.superseded:
+                messages += _turn_messages(turn)
+        last = messages[-1]
+        spoke = isinstance(last, AssistantTurn) and not last.tool_calls
+        if run.end is not None and not spoke:
+            messages.append(AssistantTurn(f"[no answer: the run {_how_it_ended(run.end)}]"))
+    return messages
+
+
+def _how_it_ended(end: SessionEnd) -> str:
+    return f"was {end.status}" if end.status == "cancelled" else f"{end.status} ({end.reason})"
+
+
+def _turn_messages(turn: Turn) -> Iterator[Message]:
+    if turn.answer is None:
+        if turn.cut_text and turn.interrupted:
+            yield AssistantTurn(turn.cut_text + "\n\n[interrupted]")
+        return
+    answer = turn.answer.turn
+    if answer.text or answer.tool_calls:
+        yield answer
+    for wanted in answer.tool_calls:
+        call = turn.calls.get(wanted.id)
+        if call is not None and call.end is not None:
+            yield ToolTurn(wanted.id, wanted.name, call.end.result, call.end.is_error)
+        else:
+            yield ToolTurn(wanted.id, wanted.name, "Interrupted before it ended.", is_error=True)
+
+
+def grants(runs: Sequence[RunFacts]) -> set[str]:
+    """Return what people have allowed for the rest of the thread: names and operation hashes."""
+    allowed: set[str] = set()
+    for run in runs:
+        for turn in run.turns:
+            for call in turn.calls.values():
+                if (
+                    call.request
+                    and call.response
+                    and call.response.granted
+                    and call.response.always
+                ):
+                    allowed |= {call.request.tool_name, call.request.operation_hash}
+    return allowed
+
+
+def messages(runs: Sequence[RunFacts]) -> list[dict[str, Any]]:
+    """Return the conversation as people read it: the answer of `GET /threads/{id}/messages`."""
+    shown: list[dict[str, Any]] = []
+    for run in runs:
+        attachments = run.message.attachments
+        shown.append(
+            {
+                "id": f"{run.message.run_id}.user",
+                "role": "user",
+                "content": run.message.text,
+                "parts": [{"kind": "text", "text": run.message.text}],
+                "attachments": attachments and [item.model_dump() for item in attachments],
+                "usage": None,
+                "timestamp": run.message.timestamp,
+                "model": None,
+            }
+        )
+        if run.turns or run.error is not None:
+            shown.append(_reply(run))
+    return shown
+
+
+def _reply(run: RunFacts) -> dict[str, Any]:
+    parts: list[dict[str, Any]] = []
+    for turn in run.turns:
+        if not turn.superseded:
+            parts += _parts(turn)
+    if run.error is not None:
+        parts.append({"kind": "error", "code": run.error.code, "text": run.error.message})
+    return {
+        "id": f"{run.message.run_id}.assistant",
+        "role": "assistant",
+        "content": "\n\n".join(part["text"] for part in parts if part["kind"] == "text"),
+        "parts": parts,
+        "usage": run.usage.model_dump(),
+        "status": run.end.status if run.end is not None else "running",
+        "timestamp": run.turns[0].timestamp if run.turns else run.message.timestamp,
+        "model": run.session.model if run.session is not None else None,
+    }
+
+
+def _parts(turn: Turn) -> Iterator[dict[str, Any]]:
+    if turn.thinking:
+        yield {"kind": "thinking", "text": turn.thinking}
+    text = turn.text if turn.text is not None else turn.cut_text
+    if text:
+        part: dict[str, Any] = {"kind": "text", "text": text}
+        yield part if turn.complete else part | {"interrupted": True}
+    for call in turn.calls.values():
+        yield {
+            "kind": "tool",
+            "toolCallId": call.id,
+            "toolName": call.name,
+            "input": call.input,
+            "result": call.end.result if call.end is not None else None,
+            "isError": call.end.is_error if call.end is not None else None,
+            "granted": call.response.granted if call.response is not None else None,
+        }
