@@ -1,0 +1,234 @@
+"""Where the parts meet: the only place that knows which implementations are in use."""
+
+import asyncio
+import contextlib
+import logging
+import secrets
+import socket
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from aiohttp import web
+from aiohttp.abc import AbstractAccessLogger
+
+from ownware_gateway import auth
+from ownware_gateway.datadir import DataDir
+from ownware_gateway.doors import native
+from ownware_gateway.drive import Parts
+from ownware_gateway.engine import Engine, EngineLimits
+from ownware_gateway.errors import BootError
+from ownware_gateway.log import Log
+from ownware_gateway.log.sqlite import SqliteLog
+from ownware_gateway.masking import Masker
+from ownware_gateway.models import Catalogue
+from ownware_gateway.models.catalogue import KnownModels
+from ownware_gateway.profile import Profiles
+from ownware_gateway.settings import Settings, child_environment
+from ownware_gateway.stream import Streamer
+from ownware_gateway.tools import Tool, files, search, shell
+
+#: How long the steps under way may take when the gateway leaves.
+GRACE_S: Final = 5.0
+
+#: How long handlers may take then; streams end by themselves, a stalled client is cut off.
+HANDLERS_GRACE_S: Final = 2.0
+
+#: Connections that may wait to be accepted.
+BACKLOG: Final = 1024
+
+#: An idle connection is kept for the client's next request for so long.
+KEEP_ALIVE_S: Final = 75.0
+
+_log: Final = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Gateway:
+    """A gateway that is up."""
+
+    url: str
+    access: auth.Access
+    data_dir: Path
+    workspace: Path
+    token: str | None
+    token_is_new: bool
+    profiles: Profiles
+    catalogue: Catalogue
+    log: Log
+    engine: Engine
+    recovered: int
+
+
+def clock_ms() -> int:
+    """Return the wall clock in milliseconds since 1970."""
+    return time.time_ns() // 1_000_000
+
+
+def new_id(kind: str) -> str:
+    """Return a name that nobody else has."""
+    return f"{kind}_{secrets.token_hex(10)}"
+
+
+def tools() -> dict[str, Tool]:
+    """Return every tool there is, by name."""
+    return {tool.name: tool for tool in (*files.TOOLS, *search.TOOLS, *shell.TOOLS)}
+
+
+@contextlib.asynccontextmanager
+async def gateway(settings: Settings) -> AsyncIterator[Gateway]:
+    """Run a gateway for as long as the context lasts. Raises BootError when it cannot start."""
+    began_s = time.monotonic()
+    async with contextlib.AsyncExitStack() as stack:
+        data_dir = stack.enter_context(DataDir.open(settings.data_path))
+        needs_token = (
+            settings.require_auth or settings.behind_proxy or not auth.is_loopback(settings.host)
+        )
+        token, token_is_new = data_dir.token() if needs_token else ("", False)
+        access = auth.decide(settings, token)
+        workspace = _workspace(settings, data_dir)
+        listener = _listen(settings)
+        stack.callback(listener.close)
+        profiles = Profiles(Path(settings.profiles))
+        catalogue = KnownModels(settings)
+        stack.push_async_callback(catalogue.close)
+        log = await SqliteLog.open(data_dir.database, clock_ms)
+        stack.push_async_callback(log.close)
+        masker = Masker({*settings.secrets, token})
+        parts = Parts(
+            log=log,
+            catalogue=catalogue,
+            tools=tools(),
+            masker=masker,
+            workspace=workspace,
+            environment=child_environment(settings),
+            clock_ms=clock_ms,
+            new_id=new_id,
+        )
+        limits = EngineLimits(settings.runs_active_max, stand_in=not access.exposed)
+        engine = Engine(parts, profiles, limits)
+        leaving = asyncio.Event()
+        streamer = Streamer(log, leaving.is_set)
+        door = native.Native(
+            native.NativeParts(
+                engine=engine,
+                log=log,
+                streamer=streamer,
+                catalogue=catalogue,
+                profiles=profiles,
+                uptime_s=lambda: time.monotonic() - began_s,
+                new_id=new_id,
+                require_request_id=settings.require_request_id,
+            )
+        )
+        recovered = await engine.recover()
+
+        async def leave(_: web.Application) -> None:
+            # The listener is closed by now, so no client that comes back meets a gateway that
+            # is leaving.
+            engine.refuse()
+            leaving.set()
+            log.wake()
+
+        app = web.Application(client_max_size=native.BODY_BYTES_MAX, middlewares=[native.errors])
+        auth.protect(app, access, lambda: clock_ms() / 1000)
+        app.add_routes(door.routes())
+        app.on_shutdown.append(leave)
+        runner = web.AppRunner(
+            app,
+            access_log_class=AccessLog,
+            shutdown_timeout=HANDLERS_GRACE_S,
+            keepalive_timeout=KEEP_ALIVE_S,
+        )
+        stack.push_async_callback(engine.stop, GRACE_S)
+        await runner.setup()
+        stack.push_async_callback(runner.cleanup)
+        await web.SockSite(runner, listener, backlog=BACKLOG).start()
+        url = _url(settings.host, listener)
+        data_dir.announce(url)
+        yield Gateway(
+            url=url,
+            access=access,
+            data_dir=data_dir.path,
+            workspace=workspace,
+            token=token or None,
+            token_is_new=token_is_new,
+            profiles=profiles,
+            catalogue=catalogue,
+            log=log,
+            engine=engine,
+            recovered=recovered,
+        )
+
+
+class AccessLog(AbstractAccessLogger):
+    """One line for each request, at level debug, the token masked."""
+
+    def log(self, request: web.BaseRequest, response: web.StreamResponse, time: float) -> None:
+        """Write the line; `time` is how long the answer took, in seconds."""
+        path = auth.redact(request.path_qs)
+        took_ms = time * 1000
+        self.logger.debug(
+            "%s %s %s %d %.1f ms", request.remote, request.method, path, response.status, took_ms
+        )
+
+    @property
+    def enabled(self) -> bool:
+        """Whether anybody reads it."""
+        return self.logger.isEnabledFor(logging.DEBUG)
+
+
+def _workspace(settings: Settings, data_dir: DataDir) -> Path:
+    """Return the folder that tools work in; the gateway's own files must not lie in it."""
+    folder = data_dir.workspace
+    if settings.workspace:
+        folder = Path(settings.workspace).expanduser().absolute()
+        if data_dir.path.resolve().is_relative_to(folder.resolve()):
+            raise BootError(
+                f"The workspace {folder} contains the data directory {data_dir.path}: agents could "
+                "read the token and every conversation. Choose another with --workspace."
+            )
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise BootError(
+            f"The workspace {folder} cannot be used: {error.strerror}. "
+            "Choose another with --workspace."
+        ) from error
+    return folder
+
+
+def _listen(settings: Settings) -> socket.socket:
+    """Return a socket bound to the address of the settings; raises BootError when it is taken."""
+    host, port = settings.host.removeprefix("[").removesuffix("]"), settings.port
+    try:
+        found = socket.getaddrinfo(
+            host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+        # `localhost` is both 127.0.0.1 and ::1 on most machines; people type the first.
+        family, kind, protocol, _, address = min(found, key=lambda item: item[0])
+        listener = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise BootError(f"The address {host!r} cannot be used: {error.strerror}.") from error
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        listener.bind(address)
+    except OSError as error:
+        listener.close()
+        raise BootError(
+            f"Port {port} on {host or 'all addresses'} cannot be used: {error.strerror}. "
+            "Choose another with --port; --port 0 takes a free one."
+        ) from error
+    return listener
+
+
+def _url(host: str, listener: socket.socket) -> str:
+    """Return an address that works from this machine."""
+    name, port = listener.getsockname()[:2]
+    everywhere = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - only compared
+    name = everywhere.get(name, host if auth.is_loopback(host) and name != "::1" else name)
+    return f"http://[{name}]:{port}" if ":" in name else f"http://{name}:{port}"

@@ -1,0 +1,436 @@
+"""The native door, `/api/v1`: start a run, stream it, answer it, look at what there is.
+
+The contract is docs/protocol.md.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final
+
+from aiohttp import web
+
+from ownware_gateway import __version__
+from ownware_gateway.auth import CALLER, LIMITED
+from ownware_gateway.doors.native.answers import (
+    answer,
+    errors,
+    model_shape,
+    permission_shape,
+    profile_shape,
+    run_shape,
+    thread_shape,
+)
+from ownware_gateway.doors.native.bodies import (
+    BODY_BYTES_MAX,
+    DecisionBody,
+    ResumeBody,
+    RunBody,
+    ThreadBody,
+    files_of,
+    flag,
+    page_limit,
+    path_id,
+    place,
+    query,
+    read_body,
+)
+from ownware_gateway.engine import Decision, Engine, StartRun
+from ownware_gateway.errors import GatewayError
+from ownware_gateway.log import Head, Log, Run, RunQuery, Stream, ThreadQuery
+from ownware_gateway.models import Catalogue
+from ownware_gateway.profile import Profiles
+from ownware_gateway.stream import Plan, Streamer, check_cursor, parse_cursor
+from ownware_gateway.transcript import load, messages
+
+__all__ = ["BODY_BYTES_MAX", "Native", "NativeParts", "errors"]
+
+_STATUSES: Final = (
+    "active",
+    "accepted",
+    "running",
+    "waiting",
+    "cancel_requested",
+    "succeeded",
+    "failed",
+    "cancelled",
+    "timed_out",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class NativeParts:
+    """What the door opens onto."""
+
+    engine: Engine
+    log: Log
+    streamer: Streamer
+    catalogue: Catalogue
+    profiles: Profiles
+    uptime_s: Callable[[], float]
+    new_id: Callable[[str], str]
+    require_request_id: bool
+
+
+class Native:
+    """The handlers of the native door."""
+
+    def __init__(self, parts: NativeParts) -> None:
+        self._engine = parts.engine
+        self._log = parts.log
+        self._streamer = parts.streamer
+        self._catalogue = parts.catalogue
+        self._profiles = parts.profiles
+        self._parts = parts
+
+    def routes(self) -> list[web.RouteDef]:
+        """Return every route of the door."""
+        base = "/api/v1"
+        stream = f"{base}/threads/{{thread_id}}/agents/{{agent_id}}/events"
+        decision = f"{base}/runs/{{run_id}}/permissions/{{request_id}}/decision"
+        return [
+            web.post(f"{base}/run", self.start),
+            web.get(f"{base}/runs", self.runs),
+            web.get(f"{base}/runs/{{run_id}}", self.run),
+            web.get(f"{base}/runs/{{run_id}}/events", self.run_events, allow_head=False),
+            web.post(f"{base}/runs/{{run_id}}/cancel", self.cancel),
+            web.post(decision, self.decide),
+            web.get(f"{base}/threads", self.threads),
+            web.post(f"{base}/threads", self.make_thread),
+            web.get(f"{base}/threads/{{thread_id}}", self.thread),
+            web.get(f"{base}/threads/{{thread_id}}/messages", self.messages),
+            web.get(f"{base}/threads/{{thread_id}}/agents", self.agents),
+            web.post(f"{base}/threads/{{thread_id}}/resume", self.resume),
+            web.post(f"{base}/threads/{{thread_id}}/abort", self.abort),
+            web.get(stream, self.thread_events, allow_head=False),
+            web.get(f"{stream}/history", self.history),
+            web.get(f"{base}/approvals", self.approvals),
+            web.get(f"{base}/models", self.models),
+            web.get(f"{base}/profiles", self.list_profiles),
+            web.get(f"{base}/profiles/{{profile_id}}", self.profile),
+            web.get(f"{base}/health", self.health),
+            web.get(f"{base}/ready", self.ready),
+        ]
+
+    # -- runs
+
+    async def start(self, request: web.Request) -> web.Response:
+        """Start a run; the answer comes once its first event is durable."""
+        body = await read_body(request, RunBody)
+        wanted = StartRun(
+            profile_id=body.profile_id,
+            prompt=body.prompt,
+            model=body.model,
+            thread_id=body.thread_id,
+            files=files_of(body),
+        )
+        started = await self._engine.start(wanted)
+        run = started.run
+        shape: dict[str, Any] = {
+            "runId": run.id,
+            "threadId": run.thread_id,
+            "agentId": run.agent_id,
+            "profileId": run.profile_id,
+            "model": run.model,
+            "status": run.status,
+            "startSeq": run.start_seq,
+            "timeoutMs": run.timeout_ms,
+        }
+        if started.fallback is not None:
+            shape["fallback"] = started.fallback.model_dump()
+        return answer(shape, Location=f"/api/v1/runs/{run.id}/events")
+
+    async def runs(self, request: web.Request) -> web.Response:
+        """List runs, newest first."""
+        values = query(request, "status", "threadId", "limit", "cursor")
+        status = values.get("status")
+        if status is not None and status not in _STATUSES:
+            raise GatewayError(
+                "invalid_request", f"The parameter 'status' must be one of: {', '.join(_STATUSES)}."
+            )
+        limit = page_limit(values)
+        before = place(values, r"[0-9]{1,18}")
+        found = await self._log.runs(
+            RunQuery(status, values.get("threadId"), before and int(before), limit)
+        )
+        items = [
+            run_shape(run, await self._log.pending(run_id=run.id) if not run.terminal else [])
+            for _, run in found
+        ]
+        return answer({"items": items, "nextCursor": _next([str(key) for key, _ in found], limit)})
+
+    async def run(self, request: web.Request) -> web.Response:
+        """Show a run."""
+        run = await self._find_run(request)
+        return answer(run_shape(run, await self._log.pending(run_id=run.id)))
+
+    async def cancel(self, request: web.Request) -> web.Response:
+        """Ask a run to stop."""
+        run_id = path_id(request, "run_id")
+        run, outcome = await self._engine.cancel(run_id, request[CALLER])
+        return answer(
+            {
+                "runId": run.id,
+                "status": run.status,
+                "terminal": run.terminal,
+                "cancellation": outcome,
+            },
+            200 if outcome == "already_terminal" else 202,
+        )
+
+    async def abort(self, request: web.Request) -> web.Response:
+        """Ask the thread's active run to stop."""
+        thread_id = await self._find_thread_id(request)
+        run = await self._log.active_run(Stream(thread_id))
+        requested = False
+        if run is not None:
+            _, outcome = await self._engine.cancel(run.id, request[CALLER])
+            requested = outcome != "already_terminal"
+        return answer({"aborted": True, "cancelRequested": requested, "threadId": thread_id})
+
+    async def run_events(self, request: web.Request) -> web.StreamResponse:
+        """Stream one run, from its first event to its last."""
+        if (limited := request.get(LIMITED)) is not None:
+            return await self._streamer.refuse(request, "rate_limited", limited)
+        values = query(request, "since")
+        run = await self._find_run(request)
+        head = await self._log.head(run.stream)
+        assert head is not None, run
+        last_event_id = request.headers.get("Last-Event-ID")
+        reset = None
+        since = run.start_seq
+        if last_event_id:
+            try:
+                since = _within(run, check_cursor(parse_cursor(last_event_id), head))
+            except GatewayError as error:
+                reset = _reset(error, head)
+            if reset is None and run.end_seq is not None and since >= run.end_seq:
+                # What tells an EventSource to stop coming back.
+                return web.Response(status=204)
+        elif "since" in values:
+            since = _within(run, check_cursor(parse_cursor(values["since"]), head))
+        return await self._streamer.respond(
+            request, Plan(run.stream, head, since, run, reset=reset)
+        )
+
+    # -- threads
+
+    async def threads(self, request: web.Request) -> web.Response:
+        """List threads, most recently changed first."""
+        values = query(request, "profileId", "limit", "cursor")
+        limit = page_limit(values)
+        before = place(values, r"[0-9]{1,18}\.[0-9]{1,18}")
+        found = await self._log.threads(ThreadQuery(values.get("profileId"), before, limit))
+        items = [thread_shape(thread) for _, thread in found]
+        return answer({"items": items, "nextCursor": _next([key for key, _ in found], limit)})
+
+    async def make_thread(self, request: web.Request) -> web.Response:
+        """Make an empty thread."""
+        body = await read_body(request, ThreadBody)
+        profile_id = body.profile_id
+        if profile_id is not None:
+            profile_id = self._profiles.get(profile_id).name
+        thread = await self._log.make_thread(
+            self._parts.new_id("thread"), title=body.title, profile_id=profile_id
+        )
+        return answer(thread_shape(thread), 201, Location=f"/api/v1/threads/{thread.id}")
+
+    async def thread(self, request: web.Request) -> web.Response:
+        """Show a thread."""
+        thread = await self._log.thread(await self._find_thread_id(request))
+        assert thread is not None
+        return answer(thread_shape(thread))
+
+    async def messages(self, request: web.Request) -> web.Response:
+        """Show a thread's conversation, folded from its log."""
+        thread_id = await self._find_thread_id(request)
+        return answer(messages(await load(self._log, Stream(thread_id), files=False)))
+
+    async def agents(self, request: web.Request) -> web.Response:
+        """List the agents that have a stream in a thread."""
+        thread_id = await self._find_thread_id(request)
+        agents = [
+            {"agentId": agent_id, "maxSeq": head}
+            for agent_id, head in await self._log.agents(thread_id)
+        ]
+        return answer({"threadId": thread_id, "count": len(agents), "agents": agents})
+
+    async def thread_events(self, request: web.Request) -> web.StreamResponse:
+        """Stream a thread's agent: what has happened, then what happens."""
+        if (limited := request.get(LIMITED)) is not None:
+            return await self._streamer.refuse(request, "rate_limited", limited)
+        values = query(request, "since", "follow")
+        stream, head = await self._find_stream(request)
+        follow = flag(values, "follow", default=True)
+        last_event_id = request.headers.get("Last-Event-ID")
+        reset = None
+        since = head.earliest - 1
+        if last_event_id:
+            try:
+                since = check_cursor(parse_cursor(last_event_id), head)
+            except GatewayError as error:
+                reset = _reset(error, head)
+        elif "since" in values:
+            since = check_cursor(parse_cursor(values["since"]), head)
+        plan = Plan(stream, head, since, follow=follow, reset=reset)
+        return await self._streamer.respond(request, plan)
+
+    async def history(self, request: web.Request) -> web.Response:
+        """Show a page of a stream as JSON."""
+        values = query(request, "since", "limit")
+        stream, head = await self._find_stream(request)
+        since = head.earliest - 1
+        if "since" in values:
+            since = check_cursor(parse_cursor(values["since"]), head)
+        records = await self._log.read(stream, since, limit=page_limit(values, 500))
+        return answer(
+            {
+                "threadId": stream.thread_id,
+                "agentId": stream.agent_id,
+                "since": since,
+                "count": len(records),
+                "maxSeq": head.last,
+                "epoch": head.epoch,
+                "events": [json.loads(record.payload) for record in records],
+            }
+        )
+
+    # -- people's answers
+
+    async def resume(self, request: web.Request) -> web.Response:
+        """Answer the question that a thread's run waits for."""
+        thread_id = path_id(request, "thread_id")
+        body = await read_body(request, ResumeBody)
+        if body.action == "answer":
+            raise GatewayError(
+                "invalid_request",
+                "The question is whether a tool may run; answer approve, deny or always.",
+            )
+        if self._parts.require_request_id and body.request_id is None:
+            raise GatewayError("invalid_request", "The field 'requestId' is required here.")
+        granted = body.action != "deny"
+        decision = Decision(granted, always=body.action == "always")
+        asked = await self._engine.decide(thread_id, body.request_id, decision)
+        pending = await self._log.pending(run_id=asked.run_id)
+        return answer(
+            {
+                "threadId": thread_id,
+                "requestId": asked.request_id,
+                "action": body.action,
+                "approved": granted,
+                "pendingCount": len(pending),
+            }
+        )
+
+    async def decide(self, request: web.Request) -> web.Response:
+        """Decide one exact operation of a run."""
+        run = await self._find_run(request)
+        request_id = path_id(request, "request_id")
+        body = await read_body(request, DecisionBody)
+        found = await self._log.permission(request_id)
+        if found is None or found.run_id != run.id:
+            raise GatewayError(
+                "permission_request_not_found", f"The run has no question {request_id!r}."
+            )
+        granted = body.decision == "approve"
+        decision = Decision(granted, operation_hash=body.operation_hash)
+        asked = await self._engine.decide(run.thread_id, request_id, decision)
+        return answer(
+            {
+                "runId": run.id,
+                "requestId": asked.request_id,
+                "decision": body.decision,
+                "approved": granted,
+            }
+        )
+
+    async def approvals(self, request: web.Request) -> web.Response:
+        """List every question that waits for a person, over all threads."""
+        values = query(request, "status")
+        if values.get("status", "pending") != "pending":
+            raise GatewayError("invalid_request", "The parameter 'status' must be pending.")
+        return answer({"items": [permission_shape(item) for item in await self._log.pending()]})
+
+    # -- what there is
+
+    async def models(self, request: web.Request) -> web.Response:
+        """List the models, the usable ones first."""
+        query(request)
+        return answer([model_shape(model) for model in await self._catalogue.list()])
+
+    async def list_profiles(self, request: web.Request) -> web.Response:
+        """List the profiles, and what is wrong with those that cannot be used."""
+        query(request)
+        return answer(
+            {
+                "items": [profile_shape(profile) for profile in self._profiles.all()],
+                "broken": [
+                    {"folder": item.folder, "message": item.message}
+                    for item in self._profiles.broken()
+                ],
+            }
+        )
+
+    async def profile(self, request: web.Request) -> web.Response:
+        """Show a profile."""
+        return answer(profile_shape(self._profiles.get(path_id(request, "profile_id"))))
+
+    async def health(self, request: web.Request) -> web.Response:
+        """Say that the process answers; never needs a token."""
+        uptime = round(self._parts.uptime_s(), 3)
+        return answer({"status": "healthy", "version": __version__, "uptime": uptime})
+
+    async def ready(self, request: web.Request) -> web.Response:
+        """Say whether work can be taken, and what is missing if not."""
+        missing = await self._engine.missing()
+        ready = not missing
+        return answer({"ready": ready, "missing": missing}, 200 if ready else 503)
+
+    # -- finding things
+
+    async def _find_run(self, request: web.Request) -> Run:
+        run_id = path_id(request, "run_id")
+        run = await self._log.run(run_id)
+        if run is None:
+            raise GatewayError("run_not_found", f"There is no run {run_id!r}.")
+        return run
+
+    async def _find_thread_id(self, request: web.Request) -> str:
+        thread_id = path_id(request, "thread_id")
+        if await self._log.thread(thread_id) is None:
+            raise GatewayError("not_found", f"There is no thread {thread_id!r}.")
+        return thread_id
+
+    async def _find_stream(self, request: web.Request) -> tuple[Stream, Head]:
+        stream = Stream(path_id(request, "thread_id"), path_id(request, "agent_id"))
+        head = await self._log.head(stream)
+        if head is None:
+            await self._find_thread_id(request)
+            raise GatewayError(
+                "not_found", f"The thread has no agent {stream.agent_id!r} with a stream."
+            )
+        return stream, head
+
+
+def _within(run: Run, seq: int) -> int:
+    """Return a cursor of the run's interval; raises GatewayError for one outside of it."""
+    if seq < run.start_seq or (run.end_seq is not None and seq > run.end_seq):
+        raise GatewayError(
+            "cursor_mismatch",
+            "The cursor is outside of this run; the thread's stream has what is before and after.",
+            runStartSeq=run.start_seq,
+            runEndSeq=run.end_seq,
+        )
+    return seq
+
+
+def _reset(error: GatewayError, head: Head) -> dict[str, Any]:
+    return {
+        "reason": error.code,
+        "earliestRetainedCursor": head.earliest - 1,
+        "highWaterCursor": head.last,
+    }
+
+
+def _next(positions: list[str], limit: int) -> str | None:
+    return positions[-1] if len(positions) == limit else None
