@@ -337,6 +337,15 @@ class SessionEnd(Event):
     timestamp: int
 
 
+class StreamGap(Event):
+    """Events that cannot be replayed stood here; it bears the number of the last of them."""
+
+    type: Literal["stream.gap"] = "stream.gap"
+    from_seq: int
+    to_seq: int
+    reason: Literal["retention", "restored", "deleted"]
+
+
 AnyEvent = (
     UserMessage
     | SessionStart
@@ -358,6 +367,7 @@ AnyEvent = (
     | RunCancel
     | Error
     | SessionEnd
+    | StreamGap
 )
 
 EVENTS: Final[Mapping[str, type[Event]]] = {
@@ -365,9 +375,7 @@ EVENTS: Final[Mapping[str, type[Event]]] = {
 }
 
 #: Events that only show progress: what they say stands whole in a later event, so folds skip them.
-DELTAS: Final = frozenset(
-    {"text.delta", "thinking.delta", "tool.call.args_delta", "tool.call.progress"}
-)
+DELTAS: Final = frozenset({"text.delta", "thinking.delta", "tool.call.progress"})
 
 
 class _Decoder:

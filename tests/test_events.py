@@ -19,6 +19,7 @@ from ownware_gateway.events import (
     RunCancel,
     SessionEnd,
     SessionStart,
+    StreamGap,
     TextComplete,
     TextDelta,
     ThinkingComplete,
@@ -124,6 +125,7 @@ EXAMPLES: list[AnyEvent] = [
         turn_count=2,
         timestamp=AT,
     ),
+    StreamGap(from_seq=4, to_seq=9, reason="retention"),
 ]
 
 every_example = pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from ownware_gateway.events import (
     AnyEvent,
     DecidedBy,
     Event,
+    Fallback,
     RunStatus,
     Usage,
     decode,
@@ -24,6 +25,9 @@ from ownware_gateway.events import (
 
 #: The run's own agent; sub-agents have streams of their own.
 ROOT: Final = "root"
+
+#: What people are asked, in all threads, as a stream of its own; no thread can have this name.
+INBOX: Final = "~approvals"
 
 #: The frames of one chunk take at most this many bytes, or are a single larger frame.
 CHUNK_BYTES_MAX: Final = 65_536
@@ -54,7 +58,8 @@ class Record:
 class Chunk:
     """Some frames in a row, joined, ready for a socket.
 
-    A chunk never goes on past the end of a run: `ends_run` says that its last event is one.
+    A chunk never goes on past the end of a run: `ends_run` says that its last event is one, or a
+    gap that may have swallowed one.
     """
 
     data: bytes
@@ -64,7 +69,10 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """What is known of a stream: its name in cursors, its first kept event and its last number."""
+    """What is known of a stream: its name in cursors, where it can be read from, its last number.
+
+    `earliest` is the number of the first event that is kept, or that the first gap stands for.
+    """
 
     epoch: str
     earliest: int
@@ -87,6 +95,7 @@ class Run:
     end_seq: int | None
     timeout_ms: int
     active_ms: int
+    deaths: int
     usage: Usage
     accepted_at: int
     started_at: int | None
@@ -115,6 +124,8 @@ class Thread:
     title: str
     created_at: int
     updated_at: int
+    history_to: int
+    forked_from: str | None
     active_run_id: str | None
 
 
@@ -148,10 +159,38 @@ class NewRun:
 
 
 @dataclass(frozen=True, slots=True)
+class IdempotencyKey:
+    """Names a request to start a run, so that sending it again starts no other.
+
+    `caller` is who sent it, `fingerprint` tells its body from another one.
+    """
+
+    caller: str
+    route: str
+    key: str
+    fingerprint: str
+
+
+@dataclass(frozen=True, slots=True)
+class KeptStart:
+    """A start that was sent before; `run` is None when its thread has been deleted since."""
+
+    fingerprint: str
+    run_id: str
+    run: Run | None
+    fallback: Fallback | None
+
+
+@dataclass(frozen=True, slots=True)
 class Starts:
-    """Guard: there is no unfinished run on the stream. The append makes the run's row."""
+    """Guard: the stream has no unfinished run, the thread was never deleted, the key is new.
+
+    The append makes the run's row.
+    """
 
     run: NewRun
+    key: IdempotencyKey | None = None
+    fallback: Fallback | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +203,10 @@ class Drives:
 
 @dataclass(frozen=True, slots=True)
 class Decides:
-    """Guard: the request is undecided and has not expired. `late` is the engine's: it has."""
+    """Guard: the request is undecided, has not expired, and its run is not being cancelled.
+
+    `late` is the gateway's own: the request has expired.
+    """
 
     request_id: str
     late: bool = False
@@ -200,10 +242,23 @@ class Append:
     active_ms: int | None = field(default=None, kw_only=True)
 
 
+@dataclass(frozen=True, slots=True)
+class Tombstone:
+    """What is left of a deleted thread."""
+
+    thread_id: str
+    deleted_by: str
+    deleted_at: int
+
+
+class Gone(Exception):
+    """The stream has been deleted."""
+
+
 class Refused(Exception):
     """The guard of an append did not hold; `winner` is the fact that won, if there is one."""
 
-    def __init__(self, winner: Run | Permission | None) -> None:
+    def __init__(self, winner: "Run | Permission | KeptStart | Tombstone | None") -> None:
         super().__init__("the append was refused")
         self.winner = winner
 
@@ -232,6 +287,21 @@ class Log(Protocol):
         """Raise the run's generation, so that whoever drove it can write nothing more."""
         ...
 
+    async def charge(self) -> None:
+        """Count a death for every run that was under way when the last process ended.
+
+        To be called once, before anything is driven.
+        """
+        ...
+
+    async def rest(self) -> None:
+        """Note that no run is under way: the process ends in good order."""
+        ...
+
+    async def kept_start(self, key: IdempotencyKey) -> KeptStart | None:
+        """Return what was started with this key before."""
+        ...
+
     async def head(self, stream: Stream) -> Head | None:
         """Return what is known of the stream; None when there is no such stream."""
         ...
@@ -249,7 +319,14 @@ class Log(Protocol):
         ...
 
     async def chunk(self, stream: Stream, after: int) -> Chunk | None:
-        """Return the next frames after a cursor, as many as fit; None when there are none yet."""
+        """Return the next frames after a cursor, as many as fit; None when there are none yet.
+
+        Raises Gone when the stream has been deleted; so does `wait`.
+        """
+        ...
+
+    async def gap(self, stream: Stream, after: int) -> int | None:
+        """Return the end of the gap that a cursor is inside of; None when it is in none."""
         ...
 
     async def wait(self, stream: Stream, after: int, timeout_s: float) -> bool:
@@ -291,6 +368,30 @@ class Log(Protocol):
         """Make an empty thread."""
         ...
 
+    async def rename(self, thread_id: str, title: str) -> None:
+        """Give the thread another title."""
+        ...
+
+    async def fork(self, thread_id: str, at_seq: int, new_id: str) -> Thread:
+        """Make a thread whose root stream begins as a copy of another's up to a number."""
+        ...
+
+    async def adopt(self, thread_id: str, title: str, events: Sequence[Event]) -> Thread:
+        """Make a thread of events from elsewhere: history that is never driven."""
+        ...
+
+    async def delete(self, thread_id: str, by: str) -> list[str]:
+        """Remove every trace of a thread but its name; return the threads forked from it."""
+        ...
+
+    async def tombstone(self, thread_id: str) -> Tombstone | None:
+        """Return what is left of a deleted thread."""
+        ...
+
+    async def prune(self, policy: "Retention") -> int:
+        """Remove some of what need not be kept; return how many events, 0 when nothing is left."""
+        ...
+
     async def agents(self, thread_id: str) -> list[tuple[str, int]]:
         """Return (agent id, last seq) of the thread's streams."""
         ...
@@ -329,3 +430,17 @@ class ThreadQuery:
     profile_id: str | None = None
     before: str | None = None
     limit: int = 50
+
+
+@dataclass(frozen=True, slots=True)
+class Retention:
+    """What need not be kept. A gap says what was removed; runs under way are never touched.
+
+    `deltas_ms` and `events_ms` are ages, since the end of the run, after which its deltas, and all
+    its events, may go; `bytes_max` is the size of the log above which the oldest go, deltas first.
+    None keeps for ever.
+    """
+
+    deltas_ms: int | None = None
+    events_ms: int | None = None
+    bytes_max: int | None = None

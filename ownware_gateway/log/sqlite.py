@@ -1,21 +1,16 @@
 """The log in one SQLite file, reached through aiosqlite.
 
-One connection writes, in groups: appends collect while the last commit is under way and then
-commit together. A few connections read, a page at a time, each cursor finished before its rows go
-anywhere (an open one would keep the write-ahead log from being emptied). Only the writer
-checkpoints. A commit that fails, on a full disk say, is tried again until it succeeds: what was
-appended is never dropped, and what is not durable is never shown.
+One connection writes (writer.py). A few connections read, a page at a time, each cursor finished
+before its rows go anywhere: an open one would keep the write-ahead log from being emptied.
 """
 
 import asyncio
+import contextlib
 import hashlib
 import itertools
+import json
 import logging
-import os
-import secrets
-import shutil
 import sqlite3
-from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -23,35 +18,47 @@ from typing import Any, Final
 import aiosqlite
 
 from ownware_gateway.errors import BootError
+from ownware_gateway.events import Event
 from ownware_gateway.log import (
     CHUNK_BYTES_MAX,
     Append,
     Chunk,
+    Gone,
     Head,
+    IdempotencyKey,
+    KeptStart,
     Permission,
     Record,
+    Retention,
     Run,
     RunQuery,
     Stream,
     Thread,
     ThreadQuery,
+    Tombstone,
 )
-from ownware_gateway.log.group import Entry, GroupConnection, permission_of, run_of
-from ownware_gateway.log.statements import ACTIVE, schema_versions, statements
+from ownware_gateway.log.appends import INBOX_STREAM, Appending, kept_start_of
+from ownware_gateway.log.group import (
+    GroupConnection,
+    TakenOver,
+    Work,
+    is_of_the_database,
+    permission_of,
+    run_of,
+)
+from ownware_gateway.log.statements import ACTIVE, statements
 from ownware_gateway.log.tail import Tails, join_frames
+from ownware_gateway.log.upkeep import adopt, delete, fork, prune
+from ownware_gateway.log.writer import RETRY_S, Commit, Writer
 
 #: Connections that read; each is a thread, and two cores can use two.
 READERS: Final = 2
 
-#: One commit takes at most so much, so that nobody waits long behind a burst.
-GROUP_BYTES_MAX: Final = 4_194_304
-
 #: A page of events; about what fits into one chunk.
 PAGE_ROWS_MAX: Final = 300
 
-#: A failing commit is tried again after this long, doubled each time up to the maximum.
-RETRY_S: Final = 0.05
-RETRY_S_MAX: Final = 2.0
+#: A read is tried so often before whoever asked is told that it fails.
+READ_TRIES: Final = 5
 
 _SQL: Final = statements()
 _log: Final = logging.getLogger(__name__)
@@ -76,42 +83,8 @@ class ReadConnection(sqlite3.Connection):
     """A connection that only reads."""
 
     def execute(self, sql: str, parameters: Any = (), /) -> sqlite3.Cursor:
-        """Run a query with a cursor that keeps pages small.
-
-        Overriding `cursor` would not do: sqlite3's own `execute` does not call it.
-        """
+        """Execute with a cursor that keeps pages small; by itself it would make a plain one."""
         return self.cursor(PageCursor).execute(sql, parameters)
-
-
-class Commit:
-    """An append on its way into the database.
-
-    It gets a future only when somebody waits for it: a future for every delta would cost more
-    than storing the delta.
-    """
-
-    __slots__ = ("_entry", "_waiter")
-
-    def __init__(self, entry: Entry) -> None:
-        self._entry = entry
-        self._waiter: asyncio.Future[None] | None = None
-
-    def settle(self) -> None:
-        """Let whoever waits go on; the entry says how it went."""
-        self._entry.done = True
-        if self._waiter is not None:
-            self._waiter.set_result(None)
-
-    async def wait(self) -> int:
-        """Return the seq of the first event once all are durable; raises Refused."""
-        if not self._entry.done:
-            if self._waiter is None:
-                self._waiter = asyncio.get_running_loop().create_future()
-            # Shielded: one who stops waiting must not take the future from another.
-            await asyncio.shield(self._waiter)
-        if self._entry.failure is not None:
-            raise self._entry.failure
-        return self._entry.records[0].seq
 
 
 class SqliteLog:
@@ -119,15 +92,10 @@ class SqliteLog:
 
     def __init__(self, path: Path, clock_ms: Callable[[], int]) -> None:
         self._path = path
-        self._clock_ms = clock_ms
-        self._writer: aiosqlite.Connection
+        self._writer = Writer(path, clock_ms, self._publish)
         self._readers: list[aiosqlite.Connection] = []
         self._next_reader = itertools.count()
         self._tails = Tails()
-        self._pending: deque[tuple[Entry, Commit]] = deque()
-        self._closing = False
-        self._flush: asyncio.Task[None] | None = None
-        self._failure: str | None = None
         self._log_id = ""
         self.secret = b""
 
@@ -140,34 +108,21 @@ class SqliteLog:
         log = cls(path, clock_ms)
         try:
             await log._open()
-        except sqlite3.DatabaseError as error:
+        except (sqlite3.DatabaseError, OSError) as error:
             await log.close()
-            raise BootError(f"The log {path.name} cannot be opened: {error}.") from error
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise BootError(
+                f"The log {path.name} cannot be opened: {reason}. See `ownware doctor`."
+            ) from error
         except BaseException:
             await log.close()
             raise
         return log
 
     async def _open(self) -> None:
-        # Made by us and not by SQLite, so that nobody else may read it from the first byte on.
-        file = os.open(self._path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
-        try:
-            os.fchmod(file, 0o600)
-        finally:
-            os.close(file)
-
-        def make_writer(*args: Any, **options: Any) -> GroupConnection:
-            connection = GroupConnection(*args, **options)
-            connection.now_ms = self._clock_ms
-            return connection
-
-        self._writer = await aiosqlite.connect(
-            self._path, factory=make_writer, isolation_level=None
-        )
-        for pragma in ("journal_mode=WAL", "synchronous=FULL", "mmap_size=0", "secure_delete=ON"):
-            await self._writer.execute(f"PRAGMA {pragma}")
-        await self._upgrade()
-        await self._identify()
+        meta = await self._writer.open()
+        self._log_id = meta["log_id"]
+        self.secret = bytes.fromhex(meta["secret"])
         for _ in range(READERS):
             reader = await aiosqlite.connect(
                 self._path, factory=ReadConnection, isolation_level=None
@@ -176,106 +131,97 @@ class SqliteLog:
             await reader.execute("PRAGMA query_only=ON")
             await reader.execute("PRAGMA wal_autocheckpoint=0")
 
-    async def _upgrade(self) -> None:
-        rows = await self._writer.execute_fetchall("PRAGMA user_version")
-        (current,) = next(iter(rows))
-        versions = schema_versions()
-        newest = versions[-1][0]
-        if current > newest:
-            raise BootError(
-                f"The log {self._path.name} is of version {current}, made by a newer gateway; "
-                f"this one knows versions up to {newest}. Use the newer gateway."
-            )
-        if 0 < current < newest:
-            # Fetched, for a statement under way would keep the upgrade from being committed.
-            await self._writer.execute_fetchall("PRAGMA wal_checkpoint(TRUNCATE)")
-            backup = self._path.with_suffix(f".v{current}.backup")
-            await asyncio.to_thread(shutil.copy2, self._path, backup)
-        for version, script in versions:
-            if version > current:
-                await self._writer.executescript(
-                    f"BEGIN IMMEDIATE;\n{script}\nPRAGMA user_version={version};\nCOMMIT;"
-                )
-
-    async def _identify(self) -> None:
-        for name in ("log_id", "secret"):
-            await self._writer.execute(
-                "INSERT INTO meta (name, value) VALUES (?, ?) ON CONFLICT DO NOTHING",
-                (name, secrets.token_hex(32)),
-            )
-        rows = await self._writer.execute_fetchall("SELECT name, value FROM meta")
-        meta: dict[str, str] = {row[0]: row[1] for row in rows}
-        self._log_id = meta["log_id"]
-        self.secret = bytes.fromhex(meta["secret"])
+    def _publish(self, work: Work) -> None:
+        for stream, records in work.appended:
+            self._tails.add(stream, self._epoch(stream), records)
 
     def append(self, append: Append) -> Commit:
         """Take events to be committed with the next group, in the order of the calls."""
-        entry = Entry(append)
-        commit = Commit(entry)
-        self._pending.append((entry, commit))
-        if self._flush is None:
-            self._flush = asyncio.get_running_loop().create_task(self._flush_all())
-        return commit
-
-    async def _flush_all(self) -> None:
-        try:
-            while self._pending:
-                await self._flush_group()
-        finally:
-            self._flush = None
-
-    async def _flush_group(self) -> None:
-        group: list[tuple[Entry, Commit]] = []
-        size = 0
-        while self._pending and size < GROUP_BYTES_MAX:
-            group.append(self._pending.popleft())
-            size += group[-1][0].size_bytes
-        await self._commit([entry for entry, _ in group])
-        for entry, commit in group:
-            if entry.records:
-                stream = entry.append.stream
-                self._tails.add(stream, self._epoch(stream), entry.records)
-            commit.settle()
-
-    async def _commit(self, entries: Sequence[Entry]) -> None:
-        delay_s = RETRY_S
-        while True:
-            try:
-                await self._writer.executemany("", entries)
-            except (sqlite3.Error, ValueError) as error:
-                # A ValueError is what aiosqlite says of a connection that was closed.
-                if self._failure is None:
-                    _log.error("the log cannot be written, trying again: %s", error)
-                self._failure = f"The log cannot be written: {error}."
-                if self._closing:
-                    for entry in entries:
-                        entry.records, entry.failure = [], error
-                    return
-                await asyncio.sleep(delay_s)
-                delay_s = min(delay_s * 2, RETRY_S_MAX)
-            else:
-                if self._failure is not None:
-                    _log.warning("the log can be written again")
-                self._failure = None
-                return
+        return self._writer.take(Appending(append))
 
     async def take_over(self, run_id: str) -> Run:
         """Raise the run's generation, so that whoever drove it can write nothing more."""
-        await self._writer.execute(_SQL["take_over"], (run_id,))
-        run = await self.run(run_id)
+
+        def do(connection: GroupConnection, _: int) -> Run | None:
+            connection.run("take_over", run_id)
+            return connection.find_run(run_id)
+
+        run = await self._writer.do(do)
         assert run is not None
         return run
 
+    async def charge(self) -> None:
+        """Count a death for every run that was under way when the last process ended."""
+
+        def do(connection: GroupConnection, _: int) -> None:
+            connection.run("charge")
+            connection.run("rest")
+
+        await self._writer.do(do)
+
+    async def rest(self) -> None:
+        """Note that no run is under way: the process ends in good order."""
+        with contextlib.suppress(TakenOver):
+            await self._writer.do(lambda db, _: db.run("rest"))
+
+    async def kept_start(self, key: IdempotencyKey) -> KeptStart | None:
+        """Return what was started with this key before."""
+        rows = await self._rows(_SQL["kept_start"], (key.caller, key.route, key.key))
+        return kept_start_of(rows[0], await self.run(rows[0][1])) if rows else None
+
     async def make_thread(self, thread_id: str, *, title: str, profile_id: str | None) -> Thread:
         """Make an empty thread."""
-        now = self._clock_ms()
-        await self._writer.execute(
-            _SQL["add_thread"],
-            {"id": thread_id, "title": title, "profile_id": profile_id, "model": None, "now": now},
-        )
+        row = {"id": thread_id, "title": title, "profile_id": profile_id, "model": None}
+        await self._writer.do(lambda db, now: db.run("add_thread", **row, now=now))
+        return await self._made(thread_id)
+
+    async def rename(self, thread_id: str, title: str) -> None:
+        """Give the thread another title."""
+        await self._writer.do(lambda db, now: db.run("rename", title, now, thread_id))
+
+    async def fork(self, thread_id: str, at_seq: int, new_id: str) -> Thread:
+        """Make a thread whose root stream begins as a copy of another's up to a number."""
+        stream = Stream(thread_id)
+        await self._writer.do(lambda db, now: fork(db, now, stream, at_seq, new_id))
+        return await self._made(new_id)
+
+    async def adopt(self, thread_id: str, title: str, events: Sequence[Event]) -> Thread:
+        """Make a thread of events from elsewhere: history that is never driven."""
+        await self._writer.do(lambda db, now: adopt(db, now, thread_id, title, events))
+        return await self._made(thread_id)
+
+    async def _made(self, thread_id: str) -> Thread:
         thread = await self.thread(thread_id)
         assert thread is not None
         return thread
+
+    async def delete(self, thread_id: str, by: str) -> list[str]:
+        """Remove every trace of a thread but its name; return the threads forked from it.
+
+        Raises Refused while a run is under way. The bytes of what was deleted are gone from the
+        file and from the write-ahead log before this returns; it takes some seconds for each GB.
+        """
+        agents = await self.agents(thread_id)
+        forks = await self._writer.do(lambda db, now: delete(db, now, thread_id, by))
+        for agent_id, _ in agents:
+            self._tails.drop(Stream(thread_id, agent_id))
+        # What the thread asked people is gone from there, too.
+        self._tails.drop(INBOX_STREAM)
+        await self._writer.scrub()
+        return forks
+
+    async def tombstone(self, thread_id: str) -> Tombstone | None:
+        """Return what is left of a deleted thread."""
+        rows = await self._rows(_SQL["tombstone"], (thread_id,))
+        return Tombstone(*rows[0]) if rows else None
+
+    async def prune(self, policy: Retention) -> int:
+        """Remove some of what need not be kept; return how many events, 0 when nothing is left."""
+        gone = await self._writer.do(lambda db, now: prune(db, now, policy))
+        if gone:
+            # Everybody reads the gap, nobody what memory still holds.
+            self._tails.clear()
+        return gone
 
     def _epoch(self, stream: Stream) -> str:
         """Return the stream's name in this log: short, and another one in any other log."""
@@ -283,8 +229,16 @@ class SqliteLog:
         return hashlib.blake2s(text.encode(), digest_size=4).hexdigest()
 
     async def _rows(self, sql: str, parameters: Sequence[Any] = ()) -> list[Any]:
-        reader = self._readers[next(self._next_reader) % len(self._readers)]
-        return list(await reader.execute_fetchall(sql, parameters))
+        tries = 0
+        while True:
+            reader = self._readers[next(self._next_reader) % len(self._readers)]
+            try:
+                return list(await reader.execute_fetchall(sql, parameters))
+            except sqlite3.Error as error:
+                tries += 1
+                if tries == READ_TRIES or not is_of_the_database(error):
+                    raise
+                await asyncio.sleep(RETRY_S * 2**tries)
 
     async def _stream_key(self, stream: Stream) -> int | None:
         rows = await self._rows(_SQL["stream"], (stream.thread_id, stream.agent_id))
@@ -337,11 +291,20 @@ class SqliteLog:
             return tail.chunk(after)
         key = await self._stream_key(stream)
         if key is None:
-            return None
+            raise Gone
         rows = await self._rows(_SQL["records"], (key, after, PAGE_ROWS_MAX))
         if not rows:
             return None
         return join_frames(self._epoch(stream), [Record(*row) for row in rows])
+
+    async def gap(self, stream: Stream, after: int) -> int | None:
+        """Return the end of the gap that a cursor is inside of; None when it is in none."""
+        key = await self._stream_key(stream)
+        rows = await self._rows(_SQL["next_event"], (key, after)) if key is not None else []
+        if not rows or rows[0][1] != "stream.gap":
+            return None
+        seq, _, payload = rows[0]
+        return seq if json.loads(payload)["fromSeq"] <= after else None
 
     async def wait(self, stream: Stream, after: int, timeout_s: float) -> bool:
         """Return True once there may be events above `after`; False when the time is over."""
@@ -352,6 +315,8 @@ class SqliteLog:
         try:
             if tail.head is None:
                 head = await self.head(stream)
+                if head is None and await self.tombstone(stream.thread_id) is not None:
+                    raise Gone
                 if tail.head is None:
                     tail.head = 0 if head is None else head.last
             if tail.head > after:
@@ -396,7 +361,7 @@ class SqliteLog:
             values.append(str(query.before))
         sql = f"{_SQL['run_columns']} WHERE {' AND '.join(where)} ORDER BY runs.key DESC LIMIT ?"
         rows = await self._rows(sql, (*values, query.limit))
-        return [(row[18], run_of(row)) for row in rows]
+        return [(row[19], run_of(row)) for row in rows]
 
     async def unfinished(self) -> list[Run]:
         """Return every run that has not ended, oldest first."""
@@ -406,11 +371,11 @@ class SqliteLog:
     async def thread(self, thread_id: str) -> Thread | None:
         """Return a thread."""
         rows = await self._rows(_SQL["thread_columns"] + " WHERE threads.id = ?", (thread_id,))
-        return Thread(*rows[0][:7]) if rows else None
+        return Thread(*rows[0][:9]) if rows else None
 
     async def threads(self, query: ThreadQuery) -> list[tuple[str, Thread]]:
         """Return (position, thread), most recently changed first."""
-        where: list[str] = ["1"]
+        where: list[str] = ["threads.id NOT LIKE '~%'"]
         values: list[str] = []
         if query.profile_id is not None:
             where.append("threads.profile_id = ?")
@@ -423,7 +388,7 @@ class SqliteLog:
             " ORDER BY threads.updated_at DESC, threads.key DESC LIMIT ?"
         )
         rows = await self._rows(sql, (*values, query.limit))
-        return [(f"{row[5]}.{row[7]}", Thread(*row[:7])) for row in rows]
+        return [(f"{row[5]}.{row[9]}", Thread(*row[:9])) for row in rows]
 
     async def agents(self, thread_id: str) -> list[tuple[str, int]]:
         """Return (agent id, last seq) of the thread's streams."""
@@ -443,15 +408,12 @@ class SqliteLog:
 
     async def healthy(self) -> str | None:
         """Return None when the log can write, otherwise a sentence that says what is wrong."""
-        return self._failure
+        return self._writer.failure
 
     async def close(self) -> None:
         """Commit what is under way and close the log; the writer last, which checkpoints."""
-        self._closing = True
-        if self._flush is not None:
-            await self._flush
+        await self._writer.settle()
         for reader in self._readers:
             await reader.close()
         self._readers.clear()
-        if hasattr(self, "_writer"):
-            await self._writer.close()
+        await self._writer.close()

@@ -24,6 +24,9 @@ CHUNKS_MAX: Final = 16
 #: After one of these a stream may be silent for long, so its tail is kept for followers only.
 _RESTS: Final = frozenset({"session.end", "permission.request"})
 
+#: What a run's last event can be: what was removed may have held its end.
+_MAY_END_A_RUN: Final = frozenset({"session.end", "stream.gap"})
+
 #: Bytes that a record takes beside its payload, roughly.
 _RECORD_BYTES: Final = 200
 
@@ -108,6 +111,18 @@ class Tails:
         if tail is not None and tail.resting and not tail.waiters:
             del self._tails[stream]
 
+    def drop(self, stream: Stream) -> None:
+        """Forget a stream that has been deleted; whoever waits looks again and finds it gone."""
+        tail = self._tails.pop(stream, None)
+        if tail is not None:
+            tail.wake()
+
+    def clear(self) -> None:
+        """Forget what all tails hold; whoever waits looks again, in the database."""
+        tails, self._tails = self._tails, OrderedDict()
+        for tail in tails.values():
+            tail.wake()
+
     def wake(self) -> None:
         """End every wait on every stream."""
         for tail in self._tails.values():
@@ -132,7 +147,7 @@ def join_frames(epoch: str, records: Sequence[Record]) -> Chunk:
             break
         frames.append(frame)
         last = record
-        if record.type == "session.end":
+        if record.type in _MAY_END_A_RUN:
             ends_run = True
             break
     return Chunk(b"".join(frames), last.seq, ends_run)

@@ -25,7 +25,7 @@ from ownware_gateway.log import (
     Refused,
     RunQuery,
     ThreadQuery,
-    sqlite,
+    writer,
 )
 from ownware_gateway.log.sqlite import SqliteLog
 from ownware_gateway.log.statements import schema_versions
@@ -63,7 +63,7 @@ def outside(file: Path) -> contextlib.closing[sqlite3.Connection]:
 
 
 async def pragma(log: SqliteLog, text: str) -> object:
-    rows = list(await log._writer.execute_fetchall(f"PRAGMA {text}"))
+    rows = list(await log._writer.connection.execute_fetchall(f"PRAGMA {text}"))
     return rows[0][0]
 
 
@@ -92,7 +92,9 @@ async def test_nobody_else_may_read_the_file_or_those_beside_it(file: Path) -> N
         await log.close()
     finally:
         os.umask(umask)
-    assert modes == {"gateway.db": 0o600, "gateway.db-wal": 0o600, "gateway.db-shm": 0o600}
+    assert modes == dict.fromkeys(
+        ("gateway.counter", "gateway.db", "gateway.db-wal", "gateway.db-shm"), 0o600
+    )
 
 
 async def test_a_file_that_others_could_read_is_made_private(file: Path) -> None:
@@ -161,7 +163,7 @@ async def test_a_log_of_an_older_version_is_copied_before_it_is_upgraded(
     await log.close()
     newer = [*schema_versions(), (2, "ALTER TABLE threads ADD COLUMN colour TEXT;")]
     with monkeypatch.context() as patch:
-        patch.setattr(sqlite, "schema_versions", lambda: newer)
+        patch.setattr(writer, "schema_versions", lambda: newer)
         log = await SqliteLog.open(file, Clock())
         assert await pragma(log, "user_version") == 2
         assert await read_chunks(log) == before
@@ -185,14 +187,16 @@ async def test_an_upgrade_that_fails_changes_nothing(
     broken = "ALTER TABLE threads ADD COLUMN colour TEXT; ALTER TABLE nothing ADD COLUMN x;"
     newer = [*schema_versions(), (2, broken)]
     with monkeypatch.context() as patch:
-        patch.setattr(sqlite, "schema_versions", lambda: newer)
+        patch.setattr(writer, "schema_versions", lambda: newer)
         with pytest.raises(BootError, match="nothing"):
             await SqliteLog.open(file, Clock())
 
     log = await SqliteLog.open(file, Clock())
     assert await pragma(log, "user_version") == 1
     assert await read_chunks(log) == before
-    rows = await log._writer.execute_fetchall("SELECT name FROM pragma_table_info('threads')")
+    rows = await log._writer.connection.execute_fetchall(
+        "SELECT name FROM pragma_table_info('threads')"
+    )
     assert ("colour",) not in list(rows)
     await log.close()
 
@@ -219,7 +223,7 @@ async def test_a_full_disk_loses_nothing_and_is_said_until_there_is_room(log: Sq
         assert [await commit.wait() for commit in commits] == [2, 3, 4, 5]
     assert await log.healthy() is None
     assert [record.seq for record in await log.read(STREAM, 0)] == [1, 2, 3, 4, 5]
-    rows = list(await log._writer.execute_fetchall("PRAGMA integrity_check"))
+    rows = list(await log._writer.connection.execute_fetchall("PRAGMA integrity_check"))
     assert rows[0][0] == "ok"
 
 
@@ -382,7 +386,8 @@ async def test_a_closed_log_leaves_no_thread_and_no_open_file(file: Path) -> Non
     await read_chunks(log)
     await log.close()
     await no_leftovers(file)
-    assert [item.name for item in file.parent.iterdir()] == ["gateway.db"]
+    left = sorted(item.name for item in file.parent.iterdir())
+    assert left == ["gateway.counter", "gateway.db"]
 
 
 # -- kill -9
@@ -438,7 +443,7 @@ async def test_what_was_acknowledged_survives_kill_9(file: Path) -> None:
         assert head.last >= acknowledged
         records = await log.read(STREAM, 0, limit=1_000_000)
         assert [record.seq for record in records] == list(range(1, head.last + 1))
-        rows = list(await log._writer.execute_fetchall("PRAGMA integrity_check"))
+        rows = list(await log._writer.connection.execute_fetchall("PRAGMA integrity_check"))
         assert rows[0][0] == "ok"
         with pytest.raises(Refused):
             await log.append(starts("run_2")).wait()

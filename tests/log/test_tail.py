@@ -218,4 +218,4 @@ async def test_finished_streams_leave_nothing_in_memory(log: SqliteLog) -> None:
         for n, stream in enumerate(streams):
             await log.append(drives(f"run_{n}", session_end(f"run_{n}"), stream=stream)).wait()
     assert len(log._tails._tails) == 0
-    assert len(log._pending) == 0
+    assert log._writer.idle

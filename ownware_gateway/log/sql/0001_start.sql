@@ -13,10 +13,23 @@ CREATE TABLE threads (
     model      TEXT,
     title      TEXT    NOT NULL,
     created_at INTEGER NOT NULL,  -- milliseconds since 1970, as all times here
-    updated_at INTEGER NOT NULL
+    updated_at INTEGER NOT NULL,
+    -- Events up to here are copies (of another thread, or from a file): history that is never
+    -- driven and grants nothing.
+    history_to  INTEGER NOT NULL DEFAULT 0,
+    forked_from TEXT
 );
+CREATE INDEX threads_by_parent ON threads (forked_from) WHERE forked_from IS NOT NULL;
 CREATE INDEX threads_by_update ON threads (updated_at, key);
 CREATE INDEX threads_by_profile ON threads (profile_id, updated_at, key);
+
+-- A deleted thread leaves its name, so that it is never used again, and its last numbers.
+CREATE TABLE tombstones (
+    thread_id  TEXT PRIMARY KEY,
+    heads      TEXT    NOT NULL,  -- JSON: agent id to last seq
+    deleted_by TEXT    NOT NULL,
+    deleted_at INTEGER NOT NULL
+) WITHOUT ROWID;
 
 -- One row per (thread, agent). `head` is the last number given out: numbers are never given twice,
 -- whatever becomes of the events that had them.
@@ -39,7 +52,7 @@ CREATE TABLE events (
 
 -- Folds skip the deltas; on a long thread they are nearly everything.
 CREATE INDEX facts ON events (stream_key, seq)
-    WHERE type NOT IN ('text.delta', 'thinking.delta', 'tool.call.args_delta', 'tool.call.progress');
+    WHERE type NOT IN ('text.delta', 'thinking.delta', 'tool.call.progress');
 
 -- What a run needs to go on and nobody may see: exact provider messages, the profile it started
 -- with, attachments. Belongs to the event with the same seq; never served.
@@ -67,7 +80,10 @@ CREATE TABLE runs (
     end_seq             INTEGER,
     timeout_ms          INTEGER NOT NULL,
     active_ms           INTEGER NOT NULL DEFAULT 0,
+    under_way           INTEGER NOT NULL DEFAULT 1,  -- a process drives it, or died doing so
+    deaths              INTEGER NOT NULL DEFAULT 0,  -- of processes that drove it
     usage               TEXT    NOT NULL DEFAULT '{}',
+    pruned              INTEGER NOT NULL DEFAULT 0,  -- 1: its deltas are gone, 2: all its events
     accepted_at         INTEGER NOT NULL,
     started_at          INTEGER,
     updated_at          INTEGER NOT NULL,
@@ -77,6 +93,20 @@ CREATE TABLE runs (
 CREATE UNIQUE INDEX one_run_at_a_time ON runs (thread_key, agent_id) WHERE terminal_at IS NULL;
 CREATE INDEX runs_by_thread ON runs (thread_key, key);
 CREATE INDEX runs_by_status ON runs (status, key);
+CREATE INDEX runs_by_end ON runs (terminal_at, pruned) WHERE terminal_at IS NOT NULL;
+
+-- Who started which run with which key; outlives the run, so a retry never starts another one.
+CREATE TABLE idempotency (
+    caller      TEXT    NOT NULL,
+    route       TEXT    NOT NULL,
+    key         TEXT    NOT NULL,
+    fingerprint TEXT    NOT NULL,  -- of the request's body
+    run_id      TEXT    NOT NULL,
+    fallback    TEXT,              -- part of the answer that the run's row does not hold
+    created_at  INTEGER NOT NULL,
+    PRIMARY KEY (caller, route, key)
+) WITHOUT ROWID;
+CREATE INDEX idempotency_by_age ON idempotency (created_at);
 
 CREATE TABLE permissions (
     key            INTEGER PRIMARY KEY,

@@ -7,7 +7,9 @@ WHERE threads.id = ? AND streams.agent_id = ?;
 
 -- head --
 SELECT streams.head,
-       (SELECT min(seq) FROM events WHERE stream_key = streams.key)
+       (SELECT CASE type WHEN 'stream.gap'
+                    THEN json_extract(CAST(payload AS TEXT), '$.fromSeq') ELSE seq END
+        FROM events WHERE stream_key = streams.key ORDER BY seq LIMIT 1)
 FROM streams JOIN threads ON threads.key = streams.thread_key
 WHERE threads.id = ? AND streams.agent_id = ?;
 
@@ -44,7 +46,29 @@ FROM threads WHERE id = :thread_id;
 SELECT generation, terminal_at IS NOT NULL FROM runs WHERE id = ?;
 
 -- take_over --
-UPDATE runs SET generation = generation + 1 WHERE id = ? AND terminal_at IS NULL;
+UPDATE runs SET generation = generation + 1, under_way = 1 WHERE id = ? AND terminal_at IS NULL;
+
+-- charge --
+UPDATE runs SET deaths = deaths + 1 WHERE terminal_at IS NULL AND under_way;
+
+-- rest --
+UPDATE runs SET under_way = 0 WHERE terminal_at IS NULL;
+
+-- kept_start --
+SELECT fingerprint, run_id, fallback FROM idempotency WHERE caller = ? AND route = ? AND key = ?;
+
+-- keep_start --
+INSERT INTO idempotency (caller, route, key, fingerprint, run_id, fallback, created_at)
+VALUES (?, ?, ?, ?, ?, ?, ?);
+
+-- forget_starts --
+DELETE FROM idempotency WHERE created_at < ?;
+
+-- tombstone --
+SELECT thread_id, deleted_by, deleted_at FROM tombstones WHERE thread_id = ?;
+
+-- rename --
+UPDATE threads SET title = ?, updated_at = ? WHERE id = ?;
 
 -- run_active_ms --
 UPDATE runs SET active_ms = ? WHERE id = ?;
@@ -57,10 +81,12 @@ WHERE id = :run_id AND status = 'accepted';
 UPDATE runs SET usage = :usage, updated_at = :now WHERE id = :run_id;
 
 -- run_waits --
-UPDATE runs SET status = 'waiting', updated_at = :now WHERE id = :run_id AND status = 'running';
+UPDATE runs SET status = 'waiting', under_way = 0, updated_at = :now
+WHERE id = :run_id AND status = 'running';
 
 -- run_goes_on --
-UPDATE runs SET status = 'running', updated_at = :now WHERE id = :run_id AND status = 'waiting';
+UPDATE runs SET status = 'running', under_way = 1, updated_at = :now
+WHERE id = :run_id AND status = 'waiting';
 
 -- run_cancel --
 UPDATE runs SET status = 'cancel_requested', cancel_requested_at = :now, updated_at = :now
@@ -92,7 +118,7 @@ WHERE stream_key = ? AND seq > ? ORDER BY seq LIMIT ?;
 -- facts --
 SELECT seq, type, payload FROM events
 WHERE stream_key = ? AND seq > ?
-  AND type NOT IN ('text.delta', 'thinking.delta', 'tool.call.args_delta', 'tool.call.progress')
+  AND type NOT IN ('text.delta', 'thinking.delta', 'tool.call.progress')
 ORDER BY seq LIMIT ?;
 
 -- private --
@@ -106,14 +132,14 @@ WHERE threads.id = ? ORDER BY streams.key;
 
 -- run_columns --
 SELECT runs.id, threads.id, runs.agent_id, runs.profile_id, runs.model, runs.status, runs.code,
-       runs.generation, runs.start_seq, runs.end_seq, runs.timeout_ms, runs.active_ms, runs.usage,
-       runs.accepted_at, runs.started_at, runs.updated_at, runs.terminal_at,
+       runs.generation, runs.start_seq, runs.end_seq, runs.timeout_ms, runs.active_ms, runs.deaths,
+       runs.usage, runs.accepted_at, runs.started_at, runs.updated_at, runs.terminal_at,
        runs.cancel_requested_at, runs.key
 FROM runs JOIN threads ON threads.key = runs.thread_key;
 
 -- thread_columns --
 SELECT threads.id, threads.profile_id, threads.model, threads.title, threads.created_at,
-       threads.updated_at,
+       threads.updated_at, threads.history_to, threads.forked_from,
        (SELECT runs.id FROM runs
         WHERE runs.thread_key = threads.key AND runs.agent_id = 'root' AND terminal_at IS NULL),
        threads.key
@@ -127,3 +153,113 @@ SELECT permissions.request_id, runs.id, threads.id, runs.agent_id, permissions.t
 FROM permissions
 JOIN runs ON runs.key = permissions.run_key
 JOIN threads ON threads.key = runs.thread_key;
+
+-- count_commit --
+UPDATE meta SET value = value + 1 WHERE name = 'commits';
+
+-- commits --
+SELECT CAST(value AS INTEGER) FROM meta WHERE name = 'commits';
+
+-- own --
+INSERT INTO meta (name, value) VALUES ('owner', ?)
+ON CONFLICT (name) DO UPDATE SET value = excluded.value;
+
+-- owner --
+SELECT value FROM meta WHERE name = 'owner';
+
+-- next_event --
+SELECT seq, type, payload FROM events WHERE stream_key = ? AND seq > ? ORDER BY seq LIMIT 1;
+
+-- copy_events --
+INSERT INTO events (stream_key, seq, type, payload)
+SELECT :to_key, seq, type, payload FROM events WHERE stream_key = :from_key AND seq <= :at;
+
+-- copy_private --
+INSERT INTO private (stream_key, seq, kind, body)
+SELECT :to_key, seq, kind, body FROM private
+WHERE stream_key = :from_key AND seq <= :at AND kind NOT LIKE 'profile.%';
+
+-- copy_thread --
+INSERT INTO threads (id, profile_id, model, title, created_at, updated_at, history_to, forked_from)
+SELECT :id, profile_id, model, title, :now, :now, :at, id FROM threads WHERE id = :from_id;
+
+-- adopt_thread --
+INSERT INTO threads (id, title, created_at, updated_at, history_to)
+VALUES (:id, :title, :now, :now, :at);
+
+-- ends_a_run --
+SELECT 1 FROM events WHERE stream_key = ? AND seq = ? AND type = 'session.end';
+
+-- forks --
+SELECT id FROM threads WHERE forked_from = ? ORDER BY key;
+
+-- thread_streams --
+SELECT streams.key, streams.agent_id, streams.head
+FROM streams JOIN threads ON threads.key = streams.thread_key WHERE threads.id = ?;
+
+-- delete_events --
+DELETE FROM events WHERE stream_key = ?;
+
+-- delete_private --
+DELETE FROM private WHERE stream_key = ?;
+
+-- delete_stream --
+DELETE FROM streams WHERE key = ?;
+
+-- delete_permissions --
+DELETE FROM permissions WHERE run_key IN
+    (SELECT runs.key FROM runs JOIN threads ON threads.key = runs.thread_key WHERE threads.id = ?);
+
+-- delete_runs --
+DELETE FROM runs WHERE thread_key = (SELECT key FROM threads WHERE id = ?);
+
+-- delete_thread --
+DELETE FROM threads WHERE id = ?;
+
+-- add_tombstone --
+INSERT INTO tombstones (thread_id, heads, deleted_by, deleted_at) VALUES (?, ?, ?, ?);
+
+-- inbox_of_thread --
+SELECT seq FROM events
+WHERE stream_key = ? AND type <> 'stream.gap'
+  AND json_extract(CAST(payload AS TEXT), '$.threadId') = ?;
+
+-- inbox_of_runs --
+SELECT seq FROM events
+WHERE stream_key = ? AND type <> 'stream.gap'
+  AND json_extract(CAST(payload AS TEXT), '$.runId') IN
+      (SELECT id FROM runs WHERE key IN (SELECT value FROM json_each(?)));
+
+-- replace_event --
+UPDATE events SET type = ?, payload = ? WHERE stream_key = ? AND seq = ?;
+
+-- old_runs --
+SELECT runs.key, streams.key, runs.start_seq, runs.end_seq
+FROM runs
+JOIN streams ON streams.thread_key = runs.thread_key AND streams.agent_id = runs.agent_id
+WHERE runs.terminal_at < :before AND runs.pruned < :pruned
+ORDER BY runs.terminal_at LIMIT :limit;
+
+-- run_pruned --
+UPDATE runs SET pruned = ? WHERE key = ?;
+
+-- events_between --
+SELECT seq, type FROM events WHERE stream_key = ? AND seq > ? AND seq <= ? ORDER BY seq;
+
+-- delete_between --
+DELETE FROM events WHERE stream_key = ? AND seq >= ? AND seq <= ?;
+
+-- delete_private_between --
+DELETE FROM private WHERE stream_key = ? AND seq >= ? AND seq <= ?;
+
+-- all_streams --
+SELECT key, head FROM streams;
+
+-- mark_restored --
+UPDATE runs SET code = 'restored' WHERE terminal_at IS NULL;
+
+-- add_meta --
+INSERT INTO meta (name, value) VALUES (?, ?) ON CONFLICT DO NOTHING;
+
+-- is_scrubbed --
+DELETE FROM meta WHERE name = 'unscrubbed';

@@ -1,0 +1,216 @@
+"""What an append does in its transaction: check its guard, number its events, change the rows.
+
+Rows beside the events are changed here, by the event that changes them.
+"""
+
+import json
+from collections.abc import Sequence
+from typing import Any, Final
+
+from ownware_gateway.events import (
+    Event,
+    Fallback,
+    PermissionRequest,
+    PermissionResponse,
+    RunCancel,
+    SessionEnd,
+    SessionStart,
+    TurnEnd,
+    Usage,
+)
+from ownware_gateway.log import (
+    INBOX,
+    Append,
+    Cancels,
+    Decides,
+    Drives,
+    IdempotencyKey,
+    KeptStart,
+    Record,
+    Refused,
+    Starts,
+    Stream,
+    Tombstone,
+)
+from ownware_gateway.log.group import GroupConnection, numbered
+
+#: How long a key names the run that it started.
+KEYS_KEPT_MS: Final = 8 * 86_400_000
+
+INBOX_STREAM: Final = Stream(INBOX)
+
+
+class Appending:
+    """An append on its way."""
+
+    def __init__(self, append: Append) -> None:
+        self._append = append
+        self._types = [event.type for event in append.events]
+        self._payloads = [event.encode() for event in append.events]
+        self.size_bytes = sum(map(len, self._payloads))
+        self.failure: Exception | None = None
+        self.appended: list[tuple[Stream, list[Record]]] = []
+
+    @property
+    def first_seq(self) -> int:
+        """The number of the first event, once it is stored."""
+        return self.appended[0][1][0].seq
+
+    def perform(self, connection: GroupConnection, now: int) -> None:
+        """Store the events if the guard holds; raises Refused if not."""
+        append = self._append
+        run_id = _enter(connection, append, now)
+        key, head = connection.find_stream(append.stream)
+        records = numbered(head, self._types, self._payloads)
+        connection.store(key, records)
+        self.appended.append((append.stream, records))
+        last = records[-1].seq
+        for fact in append.private:
+            connection.run("add_private", key, last, f"{fact.kind}.{fact.index:02d}", fact.body)
+        if append.active_ms is not None:
+            connection.run("run_active_ms", append.active_ms, run_id)
+        for record, event in zip(records, append.events, strict=True):
+            _change_rows(connection, event, {"run_id": run_id, "seq": record.seq, "now": now})
+        self._tell_inbox(connection, run_id)
+
+    def _tell_inbox(self, connection: GroupConnection, run_id: str) -> None:
+        """Copy what people are asked, and their answers, to the stream over all threads."""
+        asked = [
+            (kind, body)
+            for kind, body in zip(self._types, self._payloads, strict=True)
+            if kind in ("permission.request", "permission.response")
+        ]
+        if not asked:
+            return
+        stream = self._append.stream
+        where = json.dumps(
+            {"threadId": stream.thread_id, "agentId": stream.agent_id, "runId": run_id}
+        ).encode()
+        bodies = [b"%b,%b" % (body[:-1], where[1:]) for _, body in asked]
+        key, head = connection.find_stream(INBOX_STREAM)
+        records = numbered(head, [kind for kind, _ in asked], bodies)
+        connection.store(key, records)
+        self.appended.append((INBOX_STREAM, records))
+
+
+def _enter(connection: GroupConnection, append: Append, now: int) -> str:
+    """Check the guard; return the id of the run that the append is about."""
+    match append.guard:
+        case Starts():
+            _start(connection, append.stream, append.guard, now)
+            return append.guard.run.id
+        case Drives(run_id, generation):
+            row = connection.one("fence", run_id)
+            if row is None or row[1] or row[0] != generation:
+                raise Refused(connection.find_run(run_id))
+            return run_id
+        case Decides(request_id, late):
+            asked = connection.find_permission(request_id)
+            if asked is None or asked.granted is not None:
+                raise Refused(asked)
+            if (asked.expires_at <= now) is not late:
+                raise Refused(asked)
+            run = connection.find_run(asked.run_id)
+            if run is None or run.cancel_requested_at is not None:
+                # Whoever ends the run answers its question too.
+                raise Refused(asked)
+            return asked.run_id
+        case Cancels(run_id):
+            run = connection.find_run(run_id)
+            if run is None or run.terminal or run.cancel_requested_at is not None:
+                raise Refused(run)
+            return run_id
+
+
+def _start(connection: GroupConnection, stream: Stream, guard: Starts, now: int) -> None:
+    """Make the rows of a run that starts."""
+    if guard.key is not None and (kept := find_start(connection, guard.key)) is not None:
+        raise Refused(kept)
+    if (row := connection.one("tombstone", stream.thread_id)) is not None:
+        raise Refused(Tombstone(*row))
+    if (active := connection.active_run(stream)) is not None:
+        raise Refused(active)
+    run = guard.run
+    connection.run(
+        "add_thread",
+        id=stream.thread_id,
+        title=run.title,
+        profile_id=run.profile_id,
+        model=run.model,
+        now=now,
+    )
+    connection.run("add_stream", stream.agent_id, stream.thread_id)
+    _, head = connection.find_stream(stream)
+    connection.run(
+        "add_run",
+        id=run.id,
+        thread_id=stream.thread_id,
+        agent_id=stream.agent_id,
+        profile_id=run.profile_id,
+        model=run.model,
+        timeout_ms=run.timeout_ms,
+        start_seq=head,
+        now=now,
+    )
+    if guard.key is not None:
+        key, fallback = guard.key, guard.fallback
+        said = fallback.model_dump_json() if fallback is not None else None
+        connection.run("forget_starts", now - KEYS_KEPT_MS)
+        connection.run(
+            "keep_start", key.caller, key.route, key.key, key.fingerprint, run.id, said, now
+        )
+
+
+def find_start(connection: GroupConnection, key: IdempotencyKey) -> KeptStart | None:
+    """Return what was started with this key before."""
+    row = connection.one("kept_start", key.caller, key.route, key.key)
+    return None if row is None else kept_start_of(row, connection.find_run(row[1]))
+
+
+def kept_start_of(row: Sequence[Any], run: Any) -> KeptStart:
+    """Return the start in a row of `kept_start`."""
+    fallback = Fallback.model_validate_json(row[2]) if row[2] is not None else None
+    return KeptStart(row[0], row[1], run, fallback)
+
+
+def _change_rows(connection: GroupConnection, event: Event, row: dict[str, Any]) -> None:
+    """Change the rows that the event is about. Most events are about none."""
+    match event:
+        case SessionStart():
+            connection.run("run_starts", **row)
+        case TurnEnd():
+            _add_usage(connection, row, event.usage)
+        case PermissionRequest():
+            connection.run(
+                "ask",
+                **row,
+                request_id=event.request_id,
+                tool_name=event.tool_name,
+                operation_hash=event.operation_hash,
+                expires_at=event.expires_at,
+                turn_index=event.turn_index,
+            )
+            connection.run("run_waits", **row)
+        case PermissionResponse():
+            connection.run(
+                "decide",
+                **row,
+                request_id=event.request_id,
+                granted=event.granted,
+                decided_by=event.decided_by,
+            )
+            connection.run("run_goes_on", **row)
+        case RunCancel():
+            connection.run("run_cancel", **row)
+        case SessionEnd():
+            usage = event.total_usage.model_dump_json()
+            connection.run("run_ends", **row, status=event.status, code=event.code, usage=usage)
+            connection.run("touch_thread", **row)
+        case _:
+            pass
+
+
+def _add_usage(connection: GroupConnection, row: dict[str, Any], usage: Usage) -> None:
+    run = connection.find_run(row["run_id"])
+    assert run is not None
+    connection.run("run_usage", **row, usage=run.usage.plus(usage).model_dump_json())
