@@ -6,13 +6,14 @@ import logging
 import secrets
 import socket
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from aiohttp import web
 from aiohttp.abc import AbstractAccessLogger
+from aiohttp.typedefs import Handler
 
 from ownware_gateway import auth
 from ownware_gateway.datadir import DataDir
@@ -20,7 +21,7 @@ from ownware_gateway.doors import native
 from ownware_gateway.drive import Parts
 from ownware_gateway.engine import Engine, EngineLimits
 from ownware_gateway.errors import BootError
-from ownware_gateway.log import Log
+from ownware_gateway.log import Log, Retention
 from ownware_gateway.log.sqlite import SqliteLog
 from ownware_gateway.masking import Masker
 from ownware_gateway.models import Catalogue
@@ -35,6 +36,13 @@ GRACE_S: Final = 5.0
 
 #: How long handlers may take then; streams end by themselves, a stalled client is cut off.
 HANDLERS_GRACE_S: Final = 2.0
+
+#: How long the HTTP layer may take after that to cut off what is left.
+HANDLERS_CUT_S: Final = 0.1
+
+#: How often the log is looked through for what need not be kept.
+PRUNE_EVERY_S: Final = 3_600.0
+DAY_MS: Final = 86_400_000
 
 #: Connections that may wait to be accepted.
 BACKLOG: Final = 1024
@@ -62,9 +70,16 @@ class Gateway:
     recovered: int
 
 
-def clock_ms() -> int:
-    """Return the wall clock in milliseconds since 1970."""
-    return time.time_ns() // 1_000_000
+def steady_clock() -> Callable[[], int]:
+    """Return a clock of milliseconds since 1970 that nobody can set.
+
+    It takes the wall clock once and goes on from there by the time since boot, suspension
+    included: a clock that is set, in whatever direction, neither lets a question expire early nor
+    an answer come late.
+    """
+    source = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
+    offset_ns = time.time_ns() - time.clock_gettime_ns(source)
+    return lambda: (time.clock_gettime_ns(source) + offset_ns) // 1_000_000
 
 
 def new_id(kind: str) -> str:
@@ -81,6 +96,7 @@ def tools() -> dict[str, Tool]:
 async def gateway(settings: Settings) -> AsyncIterator[Gateway]:
     """Run a gateway for as long as the context lasts. Raises BootError when it cannot start."""
     began_s = time.monotonic()
+    clock_ms = steady_clock()
     async with contextlib.AsyncExitStack() as stack:
         data_dir = stack.enter_context(DataDir.open(settings.data_path))
         needs_token = (
@@ -124,28 +140,36 @@ async def gateway(settings: Settings) -> AsyncIterator[Gateway]:
             )
         )
         recovered = await engine.recover()
+        pruning = asyncio.get_running_loop().create_task(_prune(log, settings))
+        stack.callback(pruning.cancel)
 
-        async def leave(_: web.Application) -> None:
-            # The listener is closed by now, so no client that comes back meets a gateway that
-            # is leaving.
+        async def leave() -> None:
+            # First of all the listener, so that no client that comes back meets a gateway that is
+            # leaving. Requests on their way are answered, most of them with that word.
+            await site.stop()
             engine.refuse()
             leaving.set()
             log.wake()
+            await requests.answered(HANDLERS_GRACE_S)
 
-        app = web.Application(client_max_size=native.BODY_BYTES_MAX, middlewares=[native.errors])
+        requests = _Requests()
+        app = web.Application(
+            client_max_size=native.BODY_BYTES_MAX, middlewares=[requests.count, native.errors]
+        )
         auth.protect(app, access, lambda: clock_ms() / 1000)
         app.add_routes(door.routes())
-        app.on_shutdown.append(leave)
         runner = web.AppRunner(
             app,
             access_log_class=AccessLog,
-            shutdown_timeout=HANDLERS_GRACE_S,
+            shutdown_timeout=HANDLERS_CUT_S,
             keepalive_timeout=KEEP_ALIVE_S,
         )
         stack.push_async_callback(engine.stop, GRACE_S)
         await runner.setup()
         stack.push_async_callback(runner.cleanup)
-        await web.SockSite(runner, listener, backlog=BACKLOG).start()
+        site = web.SockSite(runner, listener, backlog=BACKLOG)
+        await site.start()
+        stack.push_async_callback(leave)
         url = _url(settings.host, listener)
         data_dir.announce(url)
         yield Gateway(
@@ -161,6 +185,46 @@ async def gateway(settings: Settings) -> AsyncIterator[Gateway]:
             engine=engine,
             recovered=recovered,
         )
+
+
+class _Requests:
+    """The requests that have no answer yet."""
+
+    def __init__(self) -> None:
+        self._left = 0
+        self._none = asyncio.Event()
+        self._none.set()
+
+    @web.middleware
+    async def count(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Count a request for as long as it takes."""
+        self._left += 1
+        self._none.clear()
+        try:
+            return await handler(request)
+        finally:
+            self._left -= 1
+            if not self._left:
+                self._none.set()
+
+    async def answered(self, timeout_s: float) -> None:
+        """Wait until there is none, or the time is over."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self._none.wait()
+
+
+async def _prune(log: Log, settings: Settings) -> None:
+    """Remove from the log what the settings let go, now and every so often."""
+    policy = Retention(
+        deltas_ms=settings.retention_deltas_days * DAY_MS or None,
+        events_ms=settings.retention_days * DAY_MS or None,
+        bytes_max=settings.retention_max_mb * 1_048_576 or None,
+    )
+    while policy != Retention():
+        # In portions, each a transaction, so that nobody waits long for the log.
+        if not await log.prune(policy):
+            await asyncio.sleep(PRUNE_EVERY_S)
 
 
 class AccessLog(AbstractAccessLogger):

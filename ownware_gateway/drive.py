@@ -45,7 +45,7 @@ from ownware_gateway.models import (
     Thinking,
     ToolSpec,
 )
-from ownware_gateway.permissions import Verdict, allowed_tools, judge, operation_hash
+from ownware_gateway.permissions import Verdict, allowed_tools, judge, operation_hash, stricter
 from ownware_gateway.profile import Profile
 from ownware_gateway.run import (
     Ask,
@@ -103,10 +103,15 @@ class Parts:
 
 @dataclass(frozen=True, slots=True)
 class Assignment:
-    """What one run is driven with: `history` ends with the run itself."""
+    """What one run is driven with: `history` ends with the run itself.
+
+    `profile` is what it started with, `profile_now` what the files say today: it goes on as the
+    first, but may do nothing that either of them would not let it.
+    """
 
     run: Run
     profile: Profile
+    profile_now: Profile
     dispatch: Dispatch
     history: Sequence[RunFacts]
     restarted: bool = False
@@ -119,11 +124,13 @@ class Drive:
         self._parts = parts
         self._run = assignment.run
         self._profile = assignment.profile
+        self._profile_now = assignment.profile_now
         self._dispatch = assignment.dispatch
         self._history = assignment.history
         self._facts = assignment.history[-1]
         self._restarted = assignment.restarted
-        self._tools = allowed_tools(assignment.profile, dict(parts.tools))
+        allowed_now = allowed_tools(assignment.profile_now, dict(parts.tools))
+        self._tools = allowed_tools(assignment.profile, allowed_now)
         self._guard = Drives(assignment.run.id, assignment.run.generation)
         self._limits = Limits(
             assignment.profile.max_turns, assignment.profile.execution.max_cost_usd
@@ -370,7 +377,11 @@ class Drive:
         except ToolFailed as error:
             return Verdict("deny", str(error))
         operation = operation_hash(self._parts.log.secret, tool.name, arguments)
-        return judge(self._profile, tool, operation, grants(self._history))
+        granted = grants(self._history)
+        return stricter(
+            judge(self._profile, tool, operation, granted),
+            judge(self._profile_now, tool, operation, granted),
+        )
 
     def _arguments(self, call: Call) -> dict[str, Any]:
         """Return the exact arguments of a call; raises ToolFailed when they do not fit."""

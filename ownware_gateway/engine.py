@@ -5,42 +5,52 @@ sets it going again; so does the expiry of the question, and the start of the ga
 """
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Final, Literal
 
+from ownware_gateway.approvals import Approvals
 from ownware_gateway.drive import Assignment, Drive, Parts, fallback_of, finish
 from ownware_gateway.errors import GatewayError
-from ownware_gateway.events import (
-    Attachment,
-    DecidedBy,
-    Fallback,
-    PermissionResponse,
-    RunCancel,
-    UserMessage,
-)
+from ownware_gateway.events import Attachment, Fallback, RunCancel, UserMessage
 from ownware_gateway.log import (
     Append,
     Cancels,
-    Decides,
+    IdempotencyKey,
+    KeptStart,
     NewRun,
-    Permission,
     Private,
     Refused,
     Run,
     Starts,
     Stream,
+    Tombstone,
 )
 from ownware_gateway.models import Dispatch, File
 from ownware_gateway.profile import Profile, Profiles
+from ownware_gateway.recent import Recent
 from ownware_gateway.run import Finish
-from ownware_gateway.transcript import load
+from ownware_gateway.transcript import RunFacts, load
 
 TITLE_CHARS_MAX: Final = 80
 
 #: How long a caller should wait before it asks a busy gateway again.
 BUSY_RETRY_S: Final = 2.0
+
+#: After so many deaths of the process runs go on one at a time, and a run ends that had as many.
+DEATHS_CAREFUL: Final = 2
+DEATHS_MAX: Final = 3
+
+#: A run that stopped because the log could not be used is looked at again after so long.
+AGAIN_S: Final = 5.0
+
+#: How long the deletion of a thread waits for its run to end.
+DELETE_S: Final = 10.0
+
+#: How long the last word to the log may take.
+REST_S: Final = 0.5
 
 #: What `ownware_gateway.models.demo` is called; it may answer a thread that it has begun.
 DEMO_PREFIX: Final = "demo:"
@@ -57,24 +67,19 @@ class StartRun:
     model: str | None = None
     thread_id: str | None = None
     files: Sequence[File] = ()
+    key: IdempotencyKey | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """A run that is durable; `fallback` says why another model answers, if one does."""
+    """A run that is durable; `fallback` says why another model answers, if one does.
+
+    `replayed` means that the same request had started it before.
+    """
 
     run: Run
     fallback: Fallback | None
-
-
-@dataclass(frozen=True, slots=True)
-class Decision:
-    """A person's answer to a question; `operation_hash` binds it to what was shown."""
-
-    granted: bool
-    always: bool = False
-    reason: str = ""
-    operation_hash: str | None = None
+    replayed: bool = False
 
 
 @dataclass(slots=True)
@@ -85,6 +90,16 @@ class _Slot:
     drive: Drive | None = None
     cancel: RunCancel | None = None
     again: bool = False
+    history: list[RunFacts] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class _Fresh:
+    """A run that begins: what it is driven with need not be read from the log."""
+
+    profile: Profile
+    dispatch: Dispatch
+    facts: RunFacts
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,12 +118,12 @@ class Engine:
         self._profiles = profiles
         self._limits = limits
         self._slots: dict[str, _Slot] = {}
-        self._expiries: dict[str, asyncio.TimerHandle] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
-        #: Runs that are being cancelled: whoever drives one from now on must know of it, whatever
-        #: the log says yet, and their questions are closed with them.
+        #: Cancellations on their way into the log; a drive that begins now may not read them there.
         self._cancelling: dict[str, RunCancel] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
         self._stopping = False
+        self._recent = Recent(parts.log)
+        self.approvals = Approvals(parts.log, parts.clock_ms, self._go)
 
     # -- starting
 
@@ -118,6 +133,11 @@ class Engine:
         Raises GatewayError: `not_found` for an unknown profile or thread, `unknown_model`,
         `run_in_progress`, `overloaded`, `shutting_down`.
         """
+        if wanted.key is not None:
+            # Before anything else: the answer to a request that was taken does not change.
+            kept = await self._parts.log.kept_start(wanted.key)
+            if kept is not None:
+                return _replay(wanted.key, kept)
         await self._check_room()
         profile = self._profiles.get(wanted.profile_id)
         dispatch = await self._dispatch(profile, wanted)
@@ -144,19 +164,29 @@ class Engine:
             Private("profile", profile.dump().encode()),
             *(Private("attachment", item.data, index) for index, item in enumerate(wanted.files)),
         ]
+        fallback = fallback_of(profile, dispatch)
+        guard = Starts(row, wanted.key, fallback)
         try:
-            await self._parts.log.append(Append(stream, Starts(row), [message], private)).wait()
+            first = await self._parts.log.append(Append(stream, guard, [message], private)).wait()
         except Refused as refused:
-            assert isinstance(refused.winner, Run)
-            raise GatewayError(
-                "run_in_progress",
-                f"The thread is busy with the run {refused.winner.id}; wait for its end, "
-                "answer its question, or cancel it.",
-                runId=refused.winner.id,
-            ) from None
+            match refused.winner:
+                case KeptStart() as kept if wanted.key is not None:
+                    return _replay(wanted.key, kept)
+                case Tombstone():
+                    raise deleted(stream.thread_id) from None
+                case Run(id=active):
+                    raise GatewayError(
+                        "run_in_progress",
+                        f"The thread is busy with the run {active}; wait for its end, answer its "
+                        "question, or cancel it.",
+                        runId=active,
+                    ) from None
+                case _:
+                    raise
         run = await self._run(run_id)
-        self._go(run, profile, dispatch)
-        return Started(run, fallback_of(profile, dispatch))
+        facts = RunFacts(message, first, files=wanted.files)
+        self._go(run, _Fresh(profile, dispatch, facts))
+        return Started(run, fallback)
 
     async def _check_room(self) -> None:
         if self._stopping:
@@ -184,6 +214,8 @@ class Engine:
         if wanted.thread_id is not None:
             thread = await self._parts.log.thread(wanted.thread_id)
             if thread is None:
+                if await self._parts.log.tombstone(wanted.thread_id) is not None:
+                    raise deleted(wanted.thread_id)
                 raise GatewayError("not_found", f"There is no thread {wanted.thread_id!r}.")
         if wanted.model is not None:
             return self._parts.catalogue.resolve(wanted.model)
@@ -201,8 +233,7 @@ class Engine:
     def _go(
         self,
         run: Run,
-        profile: Profile | None = None,
-        dispatch: Dispatch | None = None,
+        fresh: "_Fresh | None" = None,
         *,
         restarted: bool = False,
     ) -> None:
@@ -213,52 +244,58 @@ class Engine:
             return
         if self._stopping:
             return
-        work = self._drive(run, profile, dispatch, restarted=restarted)
+        work = self._drive(run, fresh, restarted=restarted)
         task = asyncio.get_running_loop().create_task(work)
         self._slots[run.id] = _Slot(task, cancel=self._cancelling.get(run.id))
 
-    async def _drive(
-        self, run: Run, profile: Profile | None, dispatch: Dispatch | None, *, restarted: bool
-    ) -> None:
+    async def _drive(self, run: Run, fresh: "_Fresh | None", *, restarted: bool) -> None:
         slot: _Slot | None = None
         try:
             while slot is None or slot.again:
                 slot = self._slots[run.id]
                 slot.again = False
-                await self._drive_once(slot, run, (profile, dispatch), restarted=restarted)
+                await self._drive_once(slot, run, fresh, restarted=restarted)
                 run = await self._run(run.id)
-                restarted = False
+                fresh, restarted = None, False
+            if run.status == "succeeded" and run.end_seq is not None and slot.history:
+                self._recent.keep(run.stream, run.end_seq, slot.history)
         except Refused:
             _log.info("run %s has ended, or is driven by another gateway now", run.id)
         except Exception:  # noqa: BLE001 - a task of the engine must not die unheard
             _log.exception("run %s stopped inside the gateway", run.id)
+            # Not even its end could be written or read; it goes on when that is over.
+            asyncio.get_running_loop().call_later(AGAIN_S, self._go, run)
         finally:
             del self._slots[run.id]
-        if run.terminal:
-            self._cancelling.pop(run.id, None)
-        else:
-            await self._watch_expiry(run)
+        if not run.terminal:
+            await self.approvals.watch(run.id)
 
     async def _drive_once(
         self,
         slot: _Slot,
         run: Run,
-        known: tuple[Profile | None, Dispatch | None],
+        fresh: "_Fresh | None",
         *,
         restarted: bool,
     ) -> None:
         try:
-            profile = known[0] or await self._profile(run)
-            history = await load(self._parts.log, run.stream)
-            dispatch = known[1] or self._parts.catalogue.resolve(run.model)
-            slot.drive = Drive(self._parts, Assignment(run, profile, dispatch, history, restarted))
+            if fresh is not None:
+                profile = profile_now = fresh.profile
+                dispatch, facts = fresh.dispatch, fresh.facts
+            else:
+                profile, profile_now, dispatch = await self._means(run)
+                (facts,) = await load(self._parts.log, run.stream, after=run.start_seq)
+            history = [*await self._recent.before(run.stream, run.start_seq), facts]
+            slot.history = history
+            assignment = Assignment(run, profile, profile_now, dispatch, history, restarted)
+            slot.drive = Drive(self._parts, assignment)
             if slot.cancel is not None:
                 slot.drive.cancel(slot.cancel)
             await slot.drive.go()
         except Refused:
             raise
-        except GatewayError as error:
-            await self._fail(slot, run, error.code, error.message)
+        except _CannotGoOn as why:
+            await self._fail(slot, run, why.code, why.message)
         except Exception:  # noqa: BLE001 - whatever went wrong, the run must end and say so
             _log.exception("run %s failed inside the gateway", run.id)
             message = "Something went wrong inside the gateway; its log says what."
@@ -272,110 +309,34 @@ class Engine:
             facts.apply(slot.cancel)
         await finish(self._parts, run, facts, Finish("failed", "error", code, message))
 
-    async def _profile(self, run: Run) -> Profile:
-        """Return the version of the profile that the run started with."""
-        facts = await self._parts.log.private(run.stream, "profile", after=run.start_seq)
-        _, _, body = facts[0]
-        return Profile.restore(body.decode())
+    async def _means(self, run: Run) -> tuple[Profile, Profile, Dispatch]:
+        """Return what the run goes on with: its profile, the profile as it is now, its model.
+
+        Raises _CannotGoOn when one of them is missing, or when going on would do harm.
+        """
+        if run.code == "restored":
+            message = "The log was restored from an older copy while this run was unfinished."
+            raise _CannotGoOn("restored", message)
+        if run.deaths >= DEATHS_MAX:
+            message = f"The gateway died {run.deaths} times while it drove this run."
+            raise _CannotGoOn("crash_loop", message)
+        stored = await self._parts.log.private(run.stream, "profile", after=run.start_seq)
+        profile = Profile.restore(stored[0][2].decode())
+        try:
+            profile_now = self._profiles.get(run.profile_id)
+        except GatewayError as error:
+            message = f"The run cannot go on. {error.message}"
+            raise _CannotGoOn("profile_gone", message) from error
+        try:
+            return profile, profile_now, self._parts.catalogue.resolve(run.model)
+        except GatewayError as error:
+            message = f"The run cannot go on. {error.message}"
+            raise _CannotGoOn(error.code, message) from error
 
     async def _run(self, run_id: str) -> Run:
         run = await self._parts.log.run(run_id)
         assert run is not None, run_id
         return run
-
-    # -- people's answers
-
-    async def decide(
-        self, thread_id: str, request_id: str | None, decision: Decision
-    ) -> Permission:
-        """Answer a question; return it as it was asked. The first answer wins.
-
-        Raises GatewayError: `not_found` (the thread), `nothing_pending`,
-        `permission_request_not_found`, `permission_already_decided` with the winning decision,
-        `permission_operation_mismatch`.
-        """
-        asked = await self._question(thread_id, request_id)
-        if decision.operation_hash not in (None, asked.operation_hash):
-            raise GatewayError(
-                "permission_operation_mismatch",
-                "The decision is about another operation than the one that is asked for.",
-                operationHash=asked.operation_hash,
-            )
-        verb = "allowed" if decision.granted else "denied"
-        reason = decision.reason or f"a person {verb} it"
-        await self._answer(asked, decision, "user", reason)
-        return asked
-
-    async def _question(self, thread_id: str, request_id: str | None) -> Permission:
-        if request_id is not None:
-            found = await self._parts.log.permission(request_id)
-            if found is None or found.thread_id != thread_id:
-                raise GatewayError(
-                    "permission_request_not_found", f"There is no question {request_id!r} here."
-                )
-            return found
-        if await self._parts.log.thread(thread_id) is None:
-            raise GatewayError("not_found", f"There is no thread {thread_id!r}.")
-        run = await self._parts.log.active_run(Stream(thread_id))
-        pending = await self._parts.log.pending(run_id=run.id) if run is not None else []
-        if not pending:
-            raise GatewayError("nothing_pending", "The thread has no question to answer now.")
-        return pending[0]
-
-    async def _answer(
-        self, asked: Permission, decision: Decision, by: DecidedBy, reason: str
-    ) -> None:
-        response = PermissionResponse(
-            request_id=asked.request_id,
-            granted=decision.granted,
-            decided_by=by,
-            reason=reason,
-            always=decision.always,
-            turn_index=asked.turn_index,
-        )
-        guard = Decides(asked.request_id, late=by == "timeout")
-        stream = Stream(asked.thread_id, asked.agent_id)
-        run = await self._run(asked.run_id)
-        if run.id in self._cancelling or run.cancel_requested_at is not None:
-            # Whoever closes the run may have read the log already, and answers the question too.
-            winner = await self._parts.log.permission(asked.request_id)
-            assert winner is not None
-            if winner.granted is None:
-                winner = replace(winner, granted=False, decided_by="cancel")
-            raise _already_decided(winner)
-        try:
-            await self._parts.log.append(Append(stream, guard, [response])).wait()
-        except Refused as refused:
-            assert isinstance(refused.winner, Permission)
-            raise _already_decided(refused.winner) from None
-        if expiry := self._expiries.pop(asked.request_id, None):
-            expiry.cancel()
-        self._go(await self._run(asked.run_id))
-
-    async def _watch_expiry(self, run: Run) -> None:
-        """Have the run's question answered with no, once its time is over."""
-        for asked in await self._parts.log.pending(run_id=run.id):
-            if asked.request_id not in self._expiries and not self._stopping:
-                left_s = max(0.0, (asked.expires_at - self._parts.clock_ms()) / 1000)
-                self._expiries[asked.request_id] = asyncio.get_running_loop().call_later(
-                    left_s, self._expire_soon, asked
-                )
-
-    async def _expire(self, asked: Permission) -> None:
-        self._expiries.pop(asked.request_id, None)
-        # Rounded, because the request was stamped a moment after its expiry was set.
-        waited_s = round((asked.expires_at - asked.requested_at) / 1000, 1)
-        reason = f"nobody answered within {waited_s:g} s"
-        try:
-            await self._answer(asked, Decision(granted=False), "timeout", reason)
-        except GatewayError:
-            # Decided in the last moment, or the clock was set back: then it is asked for longer.
-            await self._watch_expiry(await self._run(asked.run_id))
-
-    def _expire_soon(self, asked: Permission) -> None:
-        task = asyncio.get_running_loop().create_task(self._expire(asked))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
 
     # -- stopping
 
@@ -387,8 +348,8 @@ class Engine:
             raise GatewayError("run_not_found", f"There is no run {run_id!r}.")
         event = RunCancel(run_id=run_id, requested_by=requested_by)
         run = await self._run(run_id)
-        self._cancelling[run_id] = event
         commit = self._parts.log.append(Append(run.stream, Cancels(run_id), [event]))
+        self._cancelling[run_id] = event
         if (slot := self._slots.get(run_id)) is not None:
             # At once and not after the commit: what the drive appends from here on stands behind
             # the cancellation in the log, and must know of it.
@@ -399,28 +360,68 @@ class Engine:
             await commit.wait()
         except Refused:
             run = await self._run(run_id)
-            if not run.terminal:
-                return run, "already_requested"
+            return run, "already_terminal" if run.terminal else "already_requested"
+        finally:
             self._cancelling.pop(run_id, None)
-            return run, "already_terminal"
         run = await self._run(run_id)
         if not run.terminal:
             for asked in await self._parts.log.pending(run_id=run_id):
-                if expiry := self._expiries.pop(asked.request_id, None):
-                    expiry.cancel()
+                self.approvals.forget(asked.request_id)
             self._go(run)
         return run, "requested"
 
+    async def delete_thread(self, thread_id: str, by: str) -> list[str]:
+        """Delete a thread, its active run first; return the threads that were forked from it.
+
+        Raises GatewayError `run_in_progress` when the run does not end in time.
+        """
+        try:
+            async with asyncio.timeout(DELETE_S):
+                while True:
+                    self._recent.forget(thread_id)
+                    try:
+                        return await self._parts.log.delete(thread_id, by)
+                    except Refused as refused:
+                        assert isinstance(refused.winner, Run)
+                        await self.cancel(refused.winner.id, by)
+                        if (slot := self._slots.get(refused.winner.id)) is not None:
+                            await asyncio.wait({slot.task})
+        except TimeoutError:
+            raise GatewayError(
+                "run_in_progress",
+                "The thread's run was cancelled and has not ended yet; try again.",
+            ) from None
+
+    # -- after a restart
+
     async def recover(self) -> int:
-        """Pick up every run that has not ended; return how many there were."""
-        runs = await self._parts.log.unfinished()
-        for unfinished in runs:
-            run = await self._parts.log.take_over(unfinished.id)
-            if run.status == "waiting":
-                await self._watch_expiry(run)
-            else:
-                self._go(run, restarted=True)
-        return len(runs)
+        """Pick up every run that has not ended; return how many there were.
+
+        After two deaths in a row runs go on one at a time: the one that kills the process is then
+        the only one that is charged, and its neighbours get to their ends.
+        """
+        await self._parts.log.charge()
+        unfinished = await self._parts.log.unfinished()
+        under_way = [run for run in unfinished if run.status != "waiting" or run.code is not None]
+        for run in unfinished:
+            if run not in under_way:
+                await self.approvals.watch(run.id)
+        if any(run.deaths >= DEATHS_CAREFUL for run in under_way):
+            task = asyncio.get_running_loop().create_task(self._one_at_a_time(under_way))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+        else:
+            for run in under_way:
+                self._go(await self._parts.log.take_over(run.id), restarted=True)
+        return len(unfinished)
+
+    async def _one_at_a_time(self, runs: Sequence[Run]) -> None:
+        for waiting in sorted(runs, key=lambda run: run.deaths):
+            run = await self._run(waiting.id)
+            if run.terminal or run.id in self._slots or self._stopping:
+                continue
+            self._go(await self._parts.log.take_over(run.id), restarted=True)
+            await asyncio.wait({self._slots[run.id].task})
 
     def refuse(self) -> None:
         """Take no more work: the gateway is leaving."""
@@ -438,36 +439,47 @@ class Engine:
         What is not finished is in the log, and goes on from there.
         """
         self.refuse()
-        for expiry in self._expiries.values():
-            expiry.cancel()
-        self._expiries.clear()
+        self._tasks |= self.approvals.stop()
         for slot in self._slots.values():
             if slot.drive is not None:
                 slot.drive.leave()
         tasks = {slot.task for slot in self._slots.values()} | self._tasks
-        if not tasks:
-            return
-        _, late = await asyncio.wait(tasks, timeout=grace_s)
-        for task in late:
-            task.cancel()
-        if late:
-            await asyncio.wait(late)
+        if tasks:
+            _, late = await asyncio.wait(tasks, timeout=grace_s)
+            for task in late:
+                task.cancel()
+            if late:
+                await asyncio.wait(late)
+        # A log that cannot be written must not keep the gateway from leaving.
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(REST_S):
+                await self._parts.log.rest()
 
 
-def _already_decided(winner: Permission) -> GatewayError:
-    if winner.granted is None:
-        return GatewayError(
-            "permission_already_decided",
-            "The question has expired; the answer is no.",
-            requestId=winner.request_id,
-            granted=False,
-            decidedBy="timeout",
+def deleted(thread_id: str) -> GatewayError:
+    """Return the error for a thread that was deleted; its name is never used again."""
+    return GatewayError("thread_deleted", f"The thread {thread_id!r} has been deleted.")
+
+
+class _CannotGoOn(Exception):
+    """The run must end; why."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
+
+
+def _replay(key: IdempotencyKey, kept: KeptStart) -> Started:
+    """Return the answer to a request that was sent before."""
+    if kept.fingerprint != key.fingerprint:
+        raise GatewayError(
+            "idempotency_conflict",
+            "This Idempotency-Key was used for another request; take a new one.",
+            runId=kept.run_id,
         )
-    verb = "allowed" if winner.granted else "denied"
-    return GatewayError(
-        "permission_already_decided",
-        f"The question was answered already: {verb} by {winner.decided_by}.",
-        requestId=winner.request_id,
-        granted=winner.granted,
-        decidedBy=winner.decided_by,
-    )
+    if kept.run is None:
+        raise GatewayError(
+            "thread_deleted", f"The thread of the run {kept.run_id} has been deleted."
+        )
+    return Started(kept.run, kept.fallback, replayed=True)

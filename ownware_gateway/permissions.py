@@ -59,6 +59,11 @@ def judge(profile: Profile, tool: Tool, operation: str, grants: Set[str]) -> Ver
     return Verdict("ask", f"{tool.name} may change something; the profile asks first.")
 
 
+def stricter(one: Verdict, other: Verdict) -> Verdict:
+    """Return the verdict that lets less happen."""
+    return max(one, other, key=lambda verdict: ("run", "ask", "deny").index(verdict.decision))
+
+
 def operation_hash(secret: bytes, tool_name: str, arguments: dict[str, Any]) -> str:
     """Return what binds a decision to a tool and its exact input.
 

@@ -49,6 +49,15 @@ class Settings:
     rate_limit_general: int = _setting(600, "Other requests of a caller in a minute, likewise.")
     require_request_id: bool = _setting(False, "Refuse a /resume that names no requestId.")
     runs_active_max: int = _setting(1000, "Runs that may be under way at once; more answer 503.")
+    retention_deltas_days: int = _setting(
+        0, "Days after which a finished run's deltas are removed; 0 keeps them."
+    )
+    retention_days: int = _setting(
+        0, "Days after which all of a finished run is removed; 0 keeps it."
+    )
+    retention_max_mb: int = _setting(
+        0, "Size of the log in MiB above which the oldest finished runs are removed; 0: no limit."
+    )
     model_silence_s: float = _setting(
         60.0, "How long a model may send nothing before it is given up."
     )
@@ -159,6 +168,11 @@ def _check(settings: Settings) -> None:
     if settings.log_level not in LOG_LEVELS:
         levels = ", ".join(LOG_LEVELS)
         raise BootError(f"The log level is {settings.log_level!r}; it must be one of: {levels}.")
+    for name in ("retention_deltas_days", "retention_days", "retention_max_mb"):
+        if getattr(settings, name) < 0:
+            raise BootError(
+                f"{variable(name)} is {getattr(settings, name)}; it must not be below 0."
+            )
     for name in ("rate_limit_run", "rate_limit_general", "runs_active_max", "model_silence_s"):
         if not 0 < getattr(settings, name) < math.inf:
             raise BootError(f"{variable(name)} is {getattr(settings, name)}; it must be above 0.")

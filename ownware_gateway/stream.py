@@ -20,7 +20,7 @@ from aiohttp import web
 
 from ownware_gateway import sse
 from ownware_gateway.errors import GatewayError
-from ownware_gateway.log import Chunk, Head, Log, Run, Stream
+from ownware_gateway.log import INBOX, Chunk, Gone, Head, Log, Run, Stream
 
 #: A comment goes out after so long a silence, so that nothing in between closes the connection.
 KEEP_ALIVE_S: Final = 15.0
@@ -153,6 +153,8 @@ class Plan:
     @property
     def names(self) -> dict[str, Any]:
         """The fields that every envelope frame of this response carries."""
+        if self.stream.thread_id == INBOX:
+            return {"stream": "approvals"}
         names = {"threadId": self.stream.thread_id, "agentId": self.stream.agent_id}
         return names if self.run is None else names | {"runId": self.run.id}
 
@@ -184,6 +186,12 @@ class Streamer:
             await client.send(_opening(plan))
             await self._send_all(client, plan)
             await client.response.write_eof()
+        except Gone:
+            with contextlib.suppress(Slow, ConnectionError):
+                reset = {**plan.names, "reason": "thread_deleted"}
+                await client.send(sse.envelope("stream.reset", reset))
+                await client.send(sse.envelope("done", {"status": "deleted"}))
+                await client.response.write_eof()
         except Slow:
             await client.give_up(plan)
         except ConnectionError:
@@ -222,13 +230,20 @@ class Streamer:
                         caught_up = look = True
                         await client.send(await self._replay_complete(plan, after))
                     case Silence():
-                        await client.send(sse.KEEP_ALIVE)
+                        await client.send(await self._sign_of_life())
                 if look and await self._is_over(plan, after):
                     if not caught_up:
                         await client.send(await self._replay_complete(plan, after))
                     await client.send(_DONE)
                     return
         await client.send(_shutdown(plan.names, "gateway_shutdown", SHUTDOWN_RETRY_MS))
+
+    async def _sign_of_life(self) -> bytes:
+        """Return what goes out after a silence; the client must know when the log is to blame."""
+        wrong = await self._log.healthy()
+        if wrong is None:
+            return sse.KEEP_ALIVE
+        return sse.envelope("stream.stalled", {"reason": "log_unavailable", "message": wrong})
 
     async def _is_over(self, plan: Plan, after: int) -> bool:
         """Whether nothing that the plan wants can follow."""

@@ -5,7 +5,7 @@ save the text of a turn that was cut off, which is fetched by itself.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -132,6 +132,8 @@ class RunFacts:
 
     message: UserMessage
     seq: int = 0
+    #: A copy from another thread or a file: it tells what was said and grants nothing.
+    copied: bool = False
     files: Sequence[File] = ()
     session: SessionStart | None = None
     turns: list[Turn] = field(default_factory=list)
@@ -260,18 +262,25 @@ def fold(records: Sequence[tuple[int, Event]]) -> list[RunFacts]:
     return runs
 
 
-async def load(log: Log, stream: Stream, *, files: bool = True) -> list[RunFacts]:
-    """Return every run of a stream as the log has it now, answers and cut-off text included.
+async def load(
+    log: Log, stream: Stream, *, after: int = 0, to: int | None = None, files: bool = True
+) -> list[RunFacts]:
+    """Return the runs of a stream as the log has it now, answers and cut-off text included.
 
-    `files` fetches the attachments' bytes too.
+    `after` and `to` are numbers at which a run ended: only what is between them is read. `files`
+    fetches the attachments' bytes too.
     """
-    runs = fold([(record.seq, record.event()) async for record in _facts(log, stream)])
-    answers = {seq: body for seq, _, body in await log.private(stream, "message")}
+    facts = [(record.seq, record.event()) async for record in _facts(log, stream, after)]
+    runs = fold([(seq, event) for seq, event in facts if to is None or seq <= to])
+    private = await log.private(stream, "message", after=after)
+    answers = {seq: body for seq, _, body in private}
     attached: dict[int, list[bytes]] = {}
     if files and any(run.message.attachments for run in runs):
-        for seq, _, body in await log.private(stream, "attachment"):
+        for seq, _, body in await log.private(stream, "attachment", after=after):
             attached.setdefault(seq, []).append(body)
+    thread = await log.thread(stream.thread_id)
     for run in runs:
+        run.copied = thread is not None and run.seq <= thread.history_to
         run.files = [
             File(item.filename, item.mime_type, body)
             for item, body in zip(
@@ -286,8 +295,7 @@ async def load(log: Log, stream: Stream, *, files: bool = True) -> list[RunFacts
     return runs
 
 
-async def _facts(log: Log, stream: Stream) -> Any:
-    after = 0
+async def _facts(log: Log, stream: Stream, after: int) -> AsyncIterator[Record]:
     while records := await log.read(stream, after, limit=PAGE, deltas=False):
         for record in records:
             yield record
@@ -344,11 +352,11 @@ def _how_it_ended(end: SessionEnd) -> str:
 
 
 def _turn_messages(turn: Turn) -> Iterator[Message]:
-    if turn.answer is None:
+    if not turn.complete:
         if turn.cut_text and turn.interrupted:
             yield AssistantTurn(turn.cut_text + "\n\n[interrupted]")
         return
-    answer = turn.answer.turn
+    answer = turn.answer.turn if turn.answer is not None else _retold(turn)
     if answer.text or answer.tool_calls:
         yield answer
     for wanted in answer.tool_calls:
@@ -359,10 +367,18 @@ def _turn_messages(turn: Turn) -> Iterator[Message]:
             yield ToolTurn(wanted.id, wanted.name, "Interrupted before it ended.", is_error=True)
 
 
+def _retold(turn: Turn) -> AssistantTurn:
+    """Return an answer as its events tell it: those of a file bring nothing else."""
+    calls = [ToolCall(call.id, call.name, json.dumps(call.input)) for call in turn.calls.values()]
+    return AssistantTurn(turn.text or "", turn.thinking, calls)
+
+
 def grants(runs: Sequence[RunFacts]) -> set[str]:
     """Return what people have allowed for the rest of the thread: names and operation hashes."""
     allowed: set[str] = set()
     for run in runs:
+        if run.copied:
+            continue
         for turn in run.turns:
             for call in turn.calls.values():
                 if (

@@ -14,7 +14,7 @@ import aiohttp
 import pytest
 
 from ownware_gateway.app import Gateway
-from ownware_gateway.engine import Decision
+from ownware_gateway.approvals import Decision
 from ownware_gateway.errors import GatewayError
 from ownware_gateway.events import decode
 from ownware_gateway.log import Append, Commit, Stream
@@ -949,7 +949,9 @@ async def test_a_question_takes_no_answer_once_its_run_was_asked_to_stop(
     cancelling = asyncio.ensure_future(up.engine.cancel(run["runId"], "test"))
     assert await up.log.wait(Stream(run["threadId"]), asked["seq"], PATIENCE_S)
     with pytest.raises(GatewayError) as refused:
-        await up.engine.decide(run["threadId"], asked["requestId"], Decision(granted=True))
+        await up.engine.approvals.decide(
+            run["threadId"], asked["requestId"], Decision(granted=True)
+        )
     assert refused.value.code == "permission_already_decided"
     assert refused.value.details["decidedBy"] == "cancel"
     await cancelling

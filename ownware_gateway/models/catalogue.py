@@ -454,16 +454,20 @@ def _cost_usd(model_id: str, usage: Usage) -> float | None:
 
 
 def _price_usd(provider_id: str, name: str, usage: Usage) -> float | None:
-    from genai_prices import Usage as Priced, calc_price
-
-    priced = Priced(
-        input_tokens=usage.input_tokens,
-        output_tokens=usage.output_tokens,
-        cache_read_tokens=usage.cache_read_tokens,
-        cache_write_tokens=usage.cache_creation_tokens,
-    )
     try:
+        from genai_prices import Usage as Priced, calc_price
+
+        priced = Priced(
+            input_tokens=usage.input_tokens,
+            output_tokens=usage.output_tokens,
+            cache_read_tokens=usage.cache_read_tokens,
+            cache_write_tokens=usage.cache_creation_tokens,
+        )
         return float(calc_price(priced, name, provider_id=provider_id).total_price)
     except (LookupError, ValueError):
         # The model is not in the data, or the provider's figures contradict each other.
+        return None
+    except (OSError, ImportError):
+        # The data is read at the first use, and there may be no file handle left for that. An
+        # answer is worth more than its price.
         return None

@@ -66,6 +66,8 @@ THREAD_FIELDS: Final = {
     "title",
     "createdAt",
     "updatedAt",
+    "historyTo",
+    "forkedFrom",
     "activeRunId",
     "status",
 }

@@ -661,4 +661,6 @@ async def test_a_full_gateway_takes_no_more_runs(gateways: Gateways, site: Site)
 async def test_every_code_is_met_here() -> None:
     met = {bad.code for bad in ALL.values()}
     alone = {"internal", "unauthorized", "rate_limited", "shutting_down", "overloaded"}
+    # What these are about has tests of its own: test_threads.py, reliability/test_idempotency.py.
+    alone |= {"thread_deleted", "idempotency_conflict", "idempotency_key_invalid"}
     assert met | alone == set(CODES)

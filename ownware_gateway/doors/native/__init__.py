@@ -5,12 +5,13 @@ The contract is docs/protocol.md.
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from aiohttp import web
 
 from ownware_gateway import __version__
+from ownware_gateway.approvals import Decision
 from ownware_gateway.auth import CALLER, LIMITED
 from ownware_gateway.doors.native.answers import (
     answer,
@@ -24,20 +25,25 @@ from ownware_gateway.doors.native.answers import (
 from ownware_gateway.doors.native.bodies import (
     BODY_BYTES_MAX,
     DecisionBody,
+    ForkBody,
     ResumeBody,
     RunBody,
     ThreadBody,
+    TitleBody,
     files_of,
     flag,
+    idempotency_key,
     page_limit,
     path_id,
     place,
     query,
     read_body,
+    read_bytes,
 )
-from ownware_gateway.engine import Decision, Engine, StartRun
+from ownware_gateway.doors.native.files import export_header, parse_export
+from ownware_gateway.engine import Engine, StartRun, deleted
 from ownware_gateway.errors import GatewayError
-from ownware_gateway.log import Head, Log, Run, RunQuery, Stream, ThreadQuery
+from ownware_gateway.log import INBOX, Head, Log, Refused, Run, RunQuery, Stream, ThreadQuery
 from ownware_gateway.models import Catalogue
 from ownware_gateway.profile import Profiles
 from ownware_gateway.stream import Plan, Streamer, check_cursor, parse_cursor
@@ -97,7 +103,12 @@ class Native:
             web.post(decision, self.decide),
             web.get(f"{base}/threads", self.threads),
             web.post(f"{base}/threads", self.make_thread),
+            web.post(f"{base}/threads/import", self.adopt),
             web.get(f"{base}/threads/{{thread_id}}", self.thread),
+            web.patch(f"{base}/threads/{{thread_id}}", self.rename),
+            web.delete(f"{base}/threads/{{thread_id}}", self.delete),
+            web.post(f"{base}/threads/{{thread_id}}/fork", self.fork),
+            web.get(f"{base}/threads/{{thread_id}}/export", self.export, allow_head=False),
             web.get(f"{base}/threads/{{thread_id}}/messages", self.messages),
             web.get(f"{base}/threads/{{thread_id}}/agents", self.agents),
             web.post(f"{base}/threads/{{thread_id}}/resume", self.resume),
@@ -105,6 +116,7 @@ class Native:
             web.get(stream, self.thread_events, allow_head=False),
             web.get(f"{stream}/history", self.history),
             web.get(f"{base}/approvals", self.approvals),
+            web.get(f"{base}/approvals/events", self.approval_events, allow_head=False),
             web.get(f"{base}/models", self.models),
             web.get(f"{base}/profiles", self.list_profiles),
             web.get(f"{base}/profiles/{{profile_id}}", self.profile),
@@ -123,6 +135,7 @@ class Native:
             model=body.model,
             thread_id=body.thread_id,
             files=files_of(body),
+            key=idempotency_key(request, body),
         )
         started = await self._engine.start(wanted)
         run = started.run
@@ -132,13 +145,17 @@ class Native:
             "agentId": run.agent_id,
             "profileId": run.profile_id,
             "model": run.model,
-            "status": run.status,
+            # What it is when the answer is first given; a repeated answer says the same.
+            "status": "accepted",
             "startSeq": run.start_seq,
             "timeoutMs": run.timeout_ms,
         }
         if started.fallback is not None:
             shape["fallback"] = started.fallback.model_dump()
-        return answer(shape, Location=f"/api/v1/runs/{run.id}/events")
+        response = answer(shape, Location=f"/api/v1/runs/{run.id}/events")
+        if started.replayed:
+            response.headers["Idempotency-Replayed"] = "true"
+        return response
 
     async def runs(self, request: web.Request) -> web.Response:
         """List runs, newest first."""
@@ -201,14 +218,14 @@ class Native:
         since = run.start_seq
         if last_event_id:
             try:
-                since = _within(run, check_cursor(parse_cursor(last_event_id), head))
+                since = _within(run, await self._place(run.stream, head, last_event_id))
             except GatewayError as error:
                 reset = _reset(error, head)
             if reset is None and run.end_seq is not None and since >= run.end_seq:
                 # What tells an EventSource to stop coming back.
                 return web.Response(status=204)
         elif "since" in values:
-            since = _within(run, check_cursor(parse_cursor(values["since"]), head))
+            since = _within(run, await self._place(run.stream, head, values["since"]))
         return await self._streamer.respond(
             request, Plan(run.stream, head, since, run, reset=reset)
         )
@@ -241,6 +258,56 @@ class Native:
         assert thread is not None
         return answer(thread_shape(thread))
 
+    async def rename(self, request: web.Request) -> web.Response:
+        """Give a thread another title."""
+        thread_id = await self._find_thread_id(request)
+        body = await read_body(request, TitleBody)
+        await self._log.rename(thread_id, body.title)
+        return await self.thread(request)
+
+    async def delete(self, request: web.Request) -> web.Response:
+        """Delete a thread for good, its run first."""
+        thread_id = await self._find_thread_id(request)
+        forks = await self._engine.delete_thread(thread_id, request[CALLER])
+        return answer({"threadId": thread_id, "deleted": True, "forks": forks})
+
+    async def fork(self, request: web.Request) -> web.Response:
+        """Make a thread that begins as a copy of this one."""
+        thread_id = await self._find_thread_id(request)
+        body = await read_body(request, ForkBody)
+        try:
+            thread = await self._log.fork(thread_id, body.at_seq, self._parts.new_id("thread"))
+        except Refused:
+            raise GatewayError(
+                "invalid_request",
+                f"No run ends at {body.at_seq}: 'atSeq' must be the endSeq of a run, or 0.",
+            ) from None
+        return answer(thread_shape(thread), 201, Location=f"/api/v1/threads/{thread.id}")
+
+    async def export(self, request: web.Request) -> web.StreamResponse:
+        """Send a thread as a file, one event a line."""
+        thread_id = await self._find_thread_id(request)
+        thread = await self._log.thread(thread_id)
+        assert thread is not None
+        response = web.StreamResponse(
+            headers={"Content-Disposition": f'attachment; filename="{thread_id}.jsonl"'}
+        )
+        response.content_type = "application/x-ndjson"
+        await response.prepare(request)
+        await response.write(export_header(thread))
+        after = 0
+        while records := await self._log.read(Stream(thread_id), after):
+            await response.write(b"".join(record.payload + b"\n" for record in records))
+            after = records[-1].seq
+        await response.write_eof()
+        return response
+
+    async def adopt(self, request: web.Request) -> web.Response:
+        """Make a thread of an exported file: history, which is never driven."""
+        title, events = parse_export(await read_bytes(request))
+        thread = await self._log.adopt(self._parts.new_id("thread"), title, events)
+        return answer(thread_shape(thread), 201, Location=f"/api/v1/threads/{thread.id}")
+
     async def messages(self, request: web.Request) -> web.Response:
         """Show a thread's conversation, folded from its log."""
         thread_id = await self._find_thread_id(request)
@@ -262,18 +329,32 @@ class Native:
         values = query(request, "since", "follow")
         stream, head = await self._find_stream(request)
         follow = flag(values, "follow", default=True)
+        return await self._follow(request, Plan(stream, head, head.earliest - 1, follow=follow))
+
+    async def _follow(self, request: web.Request, plan: Plan) -> web.StreamResponse:
+        """Stream from where the request says; a header that comes by itself is never refused."""
         last_event_id = request.headers.get("Last-Event-ID")
-        reset = None
-        since = head.earliest - 1
         if last_event_id:
             try:
-                since = check_cursor(parse_cursor(last_event_id), head)
+                since = await self._place(plan.stream, plan.head, last_event_id)
+                plan = replace(plan, since=since)
             except GatewayError as error:
-                reset = _reset(error, head)
-        elif "since" in values:
-            since = check_cursor(parse_cursor(values["since"]), head)
-        plan = Plan(stream, head, since, follow=follow, reset=reset)
+                plan = replace(plan, reset=_reset(error, plan.head))
+        elif "since" in request.query:
+            since = await self._place(plan.stream, plan.head, request.query["since"])
+            plan = replace(plan, since=since)
         return await self._streamer.respond(request, plan)
+
+    async def _place(self, stream: Stream, head: Head, text: str) -> int:
+        """Return where a cursor says to read on; raises GatewayError when that is nowhere."""
+        since = check_cursor(parse_cursor(text), head)
+        if since and (end := await self._log.gap(stream, since)) is not None:
+            raise GatewayError(
+                "cursor_expired",
+                "What follows this cursor is not kept any more; read on from the end of the gap.",
+                earliestRetainedCursor=end,
+            )
+        return since
 
     async def history(self, request: web.Request) -> web.Response:
         """Show a page of a stream as JSON."""
@@ -281,7 +362,7 @@ class Native:
         stream, head = await self._find_stream(request)
         since = head.earliest - 1
         if "since" in values:
-            since = check_cursor(parse_cursor(values["since"]), head)
+            since = await self._place(stream, head, values["since"])
         records = await self._log.read(stream, since, limit=page_limit(values, 500))
         return answer(
             {
@@ -300,6 +381,8 @@ class Native:
     async def resume(self, request: web.Request) -> web.Response:
         """Answer the question that a thread's run waits for."""
         thread_id = path_id(request, "thread_id")
+        if await self._log.tombstone(thread_id) is not None:
+            raise deleted(thread_id)
         body = await read_body(request, ResumeBody)
         if body.action == "answer":
             raise GatewayError(
@@ -310,7 +393,7 @@ class Native:
             raise GatewayError("invalid_request", "The field 'requestId' is required here.")
         granted = body.action != "deny"
         decision = Decision(granted, always=body.action == "always")
-        asked = await self._engine.decide(thread_id, body.request_id, decision)
+        asked = await self._engine.approvals.decide(thread_id, body.request_id, decision)
         pending = await self._log.pending(run_id=asked.run_id)
         return answer(
             {
@@ -334,7 +417,7 @@ class Native:
             )
         granted = body.decision == "approve"
         decision = Decision(granted, operation_hash=body.operation_hash)
-        asked = await self._engine.decide(run.thread_id, request_id, decision)
+        asked = await self._engine.approvals.decide(run.thread_id, request_id, decision)
         return answer(
             {
                 "runId": run.id,
@@ -349,7 +432,20 @@ class Native:
         values = query(request, "status")
         if values.get("status", "pending") != "pending":
             raise GatewayError("invalid_request", "The parameter 'status' must be pending.")
-        return answer({"items": [permission_shape(item) for item in await self._log.pending()]})
+        head = await self._log.head(Stream(INBOX))
+        assert head is not None
+        # Asked after the head: what comes later is in the stream that goes on from there.
+        items = [permission_shape(item) for item in await self._log.pending()]
+        return answer({"items": items, "cursor": f"{head.epoch}.{head.last}"})
+
+    async def approval_events(self, request: web.Request) -> web.StreamResponse:
+        """Stream what people are asked, and their answers, over all threads."""
+        if (limited := request.get(LIMITED)) is not None:
+            return await self._streamer.refuse(request, "rate_limited", limited)
+        query(request, "since")
+        head = await self._log.head(Stream(INBOX))
+        assert head is not None
+        return await self._follow(request, Plan(Stream(INBOX), head, head.earliest - 1))
 
     # -- what there is
 
@@ -398,6 +494,8 @@ class Native:
     async def _find_thread_id(self, request: web.Request) -> str:
         thread_id = path_id(request, "thread_id")
         if await self._log.thread(thread_id) is None:
+            if await self._log.tombstone(thread_id) is not None:
+                raise deleted(thread_id)
             raise GatewayError("not_found", f"There is no thread {thread_id!r}.")
         return thread_id
 

@@ -2,6 +2,7 @@
 
 import base64
 import binascii
+import hashlib
 import json
 import re
 from typing import Any, Final, Literal, TypeVar
@@ -10,7 +11,9 @@ from aiohttp import web
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.alias_generators import to_camel
 
+from ownware_gateway.auth import CALLER
 from ownware_gateway.errors import GatewayError
+from ownware_gateway.log import IdempotencyKey
 from ownware_gateway.models import File
 from ownware_gateway.profile import explain
 
@@ -20,6 +23,7 @@ PROMPT_CHARS_MAX: Final = 1_048_576
 ATTACHMENTS_MAX: Final = 8
 ATTACHMENT_BYTES_MAX: Final = 4 * 1_048_576
 PAGE_MAX: Final = 500
+KEY_CHARS_MAX: Final = 255
 
 _ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}", re.ASCII)
 _JSON_TYPE: Final = re.compile(r"application/(?:[\w.-]+\+)?json", re.ASCII)
@@ -75,6 +79,44 @@ class ThreadBody(Body):
     profile_id: str | None = Field(default=None, min_length=1, max_length=128)
 
 
+class TitleBody(Body):
+    """`PATCH /threads/{threadId}`."""
+
+    title: str = Field(min_length=1, max_length=200)
+
+
+class ForkBody(Body):
+    """`POST /threads/{threadId}/fork`."""
+
+    at_seq: int = Field(ge=0, le=2**62)
+
+
+def idempotency_key(request: web.Request, body: RunBody) -> IdempotencyKey | None:
+    """Return what names this request, if it has a key; raises GatewayError for one that is none.
+
+    The caller's name outlives the token that it shows, so a key survives a new token.
+    """
+    key = request.headers.get("Idempotency-Key")
+    if key is None:
+        return None
+    if not 1 <= len(key) <= KEY_CHARS_MAX or not key.isprintable():
+        raise GatewayError(
+            "idempotency_key_invalid",
+            f"An Idempotency-Key is 1 to {KEY_CHARS_MAX} printable characters.",
+        )
+    canonical = json.dumps(body.model_dump(), sort_keys=True)
+    fingerprint = hashlib.sha256(canonical.encode("utf-8", "surrogatepass")).hexdigest()
+    return IdempotencyKey(request[CALLER], "POST /api/v1/run", key, fingerprint)
+
+
+async def read_bytes(request: web.Request) -> bytes:
+    """Return the request's body as it is; raises GatewayError when there is none."""
+    data = await request.read()
+    if not data.strip():
+        raise GatewayError("invalid_request", "The request has no body.")
+    return data
+
+
 async def read_body(request: web.Request, model: type[_Body]) -> _Body:
     """Return the request's body; raises GatewayError with what is wrong in it."""
     kind = request.headers.get("Content-Type")
@@ -82,9 +124,7 @@ async def read_body(request: web.Request, model: type[_Body]) -> _Body:
         raise GatewayError(
             "unsupported_media_type", f"The body must be application/json, not {kind[:80]!r}."
         )
-    data = await request.read()
-    if not data.strip():
-        raise GatewayError("invalid_request", "The request has no body; it must be a JSON object.")
+    data = await read_bytes(request)
     try:
         value = json.loads(data, parse_constant=_refuse_constant)
     except UnicodeDecodeError:

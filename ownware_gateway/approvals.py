@@ -1,0 +1,160 @@
+"""People's answers: a question is decided once, by whoever answers first, or by the clock.
+
+A question is a row in the log, so it outlives every process; deciding it is an append whose guard
+lets one through. What waits for its expiry here is a timer, no task.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+from ownware_gateway.errors import GatewayError
+from ownware_gateway.events import DecidedBy, PermissionResponse
+from ownware_gateway.log import Append, Decides, Log, Permission, Refused, Run, Stream
+
+#: A timer is set for no longer than this, and set again: loops refuse waits of years.
+TIMER_S_MAX: Final = 86_400.0
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """A person's answer to a question; `operation_hash` binds it to what was shown."""
+
+    granted: bool
+    always: bool = False
+    reason: str = ""
+    operation_hash: str | None = None
+
+
+class Approvals:
+    """The questions of all runs. `go` is told of a run whose question has its answer."""
+
+    def __init__(self, log: Log, clock_ms: Callable[[], int], go: Callable[[Run], None]) -> None:
+        self._log = log
+        self._clock_ms = clock_ms
+        self._go = go
+        self._timers: dict[str, asyncio.TimerHandle] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._stopping = False
+
+    async def decide(
+        self, thread_id: str, request_id: str | None, decision: Decision
+    ) -> Permission:
+        """Answer a question; return it as it was asked. The first answer wins.
+
+        Without a request id it is the thread's open question. Raises GatewayError: `not_found`
+        (the thread), `nothing_pending`, `permission_request_not_found`,
+        `permission_already_decided` with the winning decision, `permission_operation_mismatch`.
+        """
+        asked = await self._find(thread_id, request_id)
+        if decision.operation_hash not in (None, asked.operation_hash):
+            raise GatewayError(
+                "permission_operation_mismatch",
+                "The decision is about another operation than the one that is asked for.",
+                operationHash=asked.operation_hash,
+            )
+        verb = "allowed" if decision.granted else "denied"
+        await self._answer(asked, decision, "user", decision.reason or f"a person {verb} it")
+        return asked
+
+    async def _find(self, thread_id: str, request_id: str | None) -> Permission:
+        if request_id is not None:
+            found = await self._log.permission(request_id)
+            if found is None or found.thread_id != thread_id:
+                raise _unknown(request_id)
+            return found
+        if await self._log.thread(thread_id) is None:
+            raise GatewayError("not_found", f"There is no thread {thread_id!r}.")
+        run = await self._log.active_run(Stream(thread_id))
+        pending = await self._log.pending(run_id=run.id) if run is not None else []
+        if not pending:
+            raise GatewayError("nothing_pending", "The thread has no question to answer now.")
+        return pending[0]
+
+    async def _answer(
+        self, asked: Permission, decision: Decision, by: DecidedBy, reason: str
+    ) -> None:
+        response = PermissionResponse(
+            request_id=asked.request_id,
+            granted=decision.granted,
+            decided_by=by,
+            reason=reason,
+            always=decision.always,
+            turn_index=asked.turn_index,
+        )
+        guard = Decides(asked.request_id, late=by == "timeout")
+        stream = Stream(asked.thread_id, asked.agent_id)
+        try:
+            await self._log.append(Append(stream, guard, [response])).wait()
+        except Refused as refused:
+            if not isinstance(refused.winner, Permission):
+                raise _unknown(asked.request_id) from None  # Its thread was deleted just now.
+            raise await self._already_decided(refused.winner) from None
+        self.forget(asked.request_id)
+        run = await self._log.run(asked.run_id)
+        assert run is not None, asked
+        self._go(run)
+
+    async def watch(self, run_id: str) -> None:
+        """Have the run's question answered with no, once its time is over."""
+        for asked in await self._log.pending(run_id=run_id):
+            if asked.request_id not in self._timers and not self._stopping:
+                self._set_timer(asked)
+
+    def _set_timer(self, asked: Permission) -> None:
+        left_s = (asked.expires_at - self._clock_ms()) / 1000
+        self._timers[asked.request_id] = asyncio.get_running_loop().call_later(
+            min(max(left_s, 0.0), TIMER_S_MAX), self._ring, asked
+        )
+
+    def _ring(self, asked: Permission) -> None:
+        self._timers.pop(asked.request_id, None)
+        if asked.expires_at > self._clock_ms():
+            self._set_timer(asked)
+            return
+        task = asyncio.get_running_loop().create_task(self._expire(asked))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _expire(self, asked: Permission) -> None:
+        waited_s = (asked.expires_at - asked.requested_at) / 1000
+        reason = f"nobody answered within {waited_s:g} s"
+        # It may have been decided in the last moment.
+        with contextlib.suppress(GatewayError):
+            await self._answer(asked, Decision(granted=False), "timeout", reason)
+
+    def forget(self, request_id: str) -> None:
+        """Let go of a question's timer."""
+        if timer := self._timers.pop(request_id, None):
+            timer.cancel()
+
+    def stop(self) -> set[asyncio.Task[None]]:
+        """Watch nothing more; return what is still under way."""
+        self._stopping = True
+        for timer in self._timers.values():
+            timer.cancel()
+        self._timers.clear()
+        return set(self._tasks)
+
+    async def _already_decided(self, winner: Permission) -> GatewayError:
+        by, granted = winner.decided_by, bool(winner.granted)
+        if winner.granted is None:
+            # Nobody has written it down yet, but it is settled: expired, or the run ends.
+            run = await self._log.run(winner.run_id)
+            ends = run is not None and run.cancel_requested_at is not None
+            by = "cancel" if ends else "timeout"
+        return GatewayError(
+            "permission_already_decided",
+            f"The question was answered already: {'allowed' if granted else 'denied'} by {by}.",
+            requestId=winner.request_id,
+            granted=granted,
+            decidedBy=by,
+        )
+
+
+def _unknown(request_id: str) -> GatewayError:
+    return GatewayError(
+        "permission_request_not_found", f"There is no question {request_id!r} here."
+    )
