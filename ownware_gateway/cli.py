@@ -7,16 +7,16 @@ import argparse
 import asyncio
 import contextlib
 import functools
+import importlib
 import json
 import logging
 import os
-import re
+import resource
 import shlex
 import shutil
 import signal
 import sys
 import tempfile
-import termios
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -27,10 +27,13 @@ from pydantic import ValidationError
 from ownware_gateway import __version__, datadir
 from ownware_gateway.app import Gateway, gateway
 from ownware_gateway.client import Client, ClientError
+from ownware_gateway.doctor import examine
 from ownware_gateway.errors import BootError, GatewayError
+from ownware_gateway.log.backup import backup, restore
 from ownware_gateway.masking import Masker
 from ownware_gateway.profile import AGENT_FILES, Profile
 from ownware_gateway.settings import LOG_LEVELS, Settings, load, variable
+from ownware_gateway.terminal import Terminal, note, printable, say
 
 #: How many usable models `serve` names.
 MODELS_SHOWN_MAX: Final = 4
@@ -39,27 +42,13 @@ MODELS_SHOWN_MAX: Final = 4
 STARTING_S: Final = 5.0
 STARTING_POLL_S: Final = 0.1
 
+#: Files and connections that a gateway may have open, if the system lets it.
+FILES_MAX: Final = 65_536
+
 #: How long a run that was cancelled may take to end.
 CANCEL_S: Final = 5.0
 
-#: How often a person may give an answer that is none before the question counts as denied.
-ANSWERS_MAX: Final = 5
-ANSWER_BYTES_MAX: Final = 4_096
-ANSWERS: Final = {"y": "approve", "n": "deny", "a": "always"}
-
-#: The most characters of a tool call's input that its line shows; a question shows all of it.
-CALL_CHARS_MAX: Final = 160
-
 INTERRUPTED: Final = 128 + signal.SIGINT
-
-#: What could control a terminal or make a text look like another: control characters except line
-#: feed and tab, and those that change the direction of writing.
-_CONTROL: Final = re.compile(
-    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
-)
-
-#: How a run ended, if not well.
-ENDS: Final = {"failed": "failed", "cancelled": "was cancelled", "timed_out": "timed out"}
 
 _log: Final = logging.getLogger(__name__)
 
@@ -77,7 +66,7 @@ def run(argv: Sequence[str]) -> int:
     except SystemExit as leave:  # how argparse ends after --help and wrong arguments
         return int(leave.code or 0)
     except (BootError, GatewayError, ClientError) as error:
-        _note(str(error))
+        note(str(error))
         return 1
     except KeyboardInterrupt:
         return INTERRUPTED
@@ -136,6 +125,12 @@ def _parser() -> argparse.ArgumentParser:
     ask.add_argument("--yes", action="store_true", help="approve every tool without asking")
     _add_folders(ask, "profiles", "data_dir", "workspace")
 
+    log = command("log", _follow_log, "Show what happens in a thread, as it happens.")
+    log.add_argument("thread", help="which thread")
+    log.add_argument("--since", type=int, help="only what comes after the event of this seq")
+    log.add_argument("--agent", default="root", help="which agent's stream (root)")
+    _add_folders(log, "data_dir")
+
     init = command("init", _init, "Write a starter profile.")
     init.add_argument("name", nargs="?", default="assistant", help="its name (assistant)")
     _add_folders(init, "profiles")
@@ -143,6 +138,17 @@ def _parser() -> argparse.ArgumentParser:
     models = command("models", _models, "List the models, the usable ones first.")
     models.add_argument("--all", action="store_true", help="also those that need a key")
     _add_folders(models, "data_dir")
+
+    doctor = command("doctor", _doctor, "Look at a data directory and say what to do.")
+    _add_folders(doctor, "data_dir", "profiles")
+
+    copy = command("backup", _backup, "Copy the log to a file; a gateway may be running.")
+    copy.add_argument("file", help="the new file")
+    _add_folders(copy, "data_dir")
+
+    back = command("restore", _restore, "Put a copy in the place of the log; no gateway may run.")
+    back.add_argument("file", help="what backup wrote")
+    _add_folders(back, "data_dir")
 
     _add_folders(command("token", _token, "Print the token of a data directory."), "data_dir")
     command("version", _version, "Print the version.")
@@ -170,7 +176,7 @@ def _help(parser: argparse.ArgumentParser, _: argparse.Namespace) -> int:
 
 
 def _version(_: argparse.Namespace) -> int:
-    _say(f"ownware {__version__}")
+    say(f"ownware {__version__}")
     return 0
 
 
@@ -178,12 +184,12 @@ def _token(arguments: argparse.Namespace) -> int:
     path = _settings(arguments).data_path
     token = datadir.read_token(path)
     if token is None:
-        _note(
+        note(
             f"There is no token in {path}. A gateway makes one when it first needs one: "
             "ownware serve --require-auth."
         )
         return 1
-    _say(token)
+    say(token)
     return 0
 
 
@@ -192,8 +198,18 @@ def _token(arguments: argparse.Namespace) -> int:
 
 def _serve(arguments: argparse.Namespace) -> int:
     settings = _settings(arguments)
+    _allow_files()
     with _log_to_stderr(settings.log_level, settings.secrets) as hide:
         return asyncio.run(_serve_until_signal(settings, hide))
+
+
+def _allow_files() -> None:
+    """Raise the limit on open files, as far as it goes without asking: each client takes one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = FILES_MAX if hard == resource.RLIM_INFINITY else min(hard, FILES_MAX)
+    if soft < wanted:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 async def _serve_until_signal(settings: Settings, hide: Callable[[str], None]) -> int:
@@ -222,7 +238,7 @@ async def _serve_until_signal(settings: Settings, hide: Callable[[str], None]) -
 def _say_start(up: Gateway, settings: Settings) -> None:
     folder = Path(settings.profiles).absolute()
     names = [profile.name for profile in up.profiles.all()]
-    _say(f"Ownware Gateway {__version__} listens on {up.url}")
+    say(f"Ownware Gateway {__version__} listens on {up.url}")
     _say_field("Profiles", f"{', '.join(names) or 'none'} (in {folder})")
     for item in up.profiles.broken():
         _say_field("", f"not usable: {item.message}")
@@ -239,16 +255,20 @@ def _say_start(up: Gateway, settings: Settings) -> None:
         _say_field("Warning", up.access.warning)
     if not names:
         where = shlex.quote(str(folder))
-        _say(f"There is no profile to run yet. Make one: {_program()} init --profiles {where}")
+        say(f"There is no profile to run yet. Make one: {_program()} init --profiles {where}")
         return
     header = f' -H "Authorization: Bearer $({token})"' if up.token else ""
     body = json.dumps({"profileId": names[0], "prompt": "Hello"})
     address = shlex.quote(f"{up.url}/api/v1/run")
-    _say(f"Try it:\n  curl {address}{header} -H 'Content-Type: application/json' \\")
-    _say(f"    -d '{body}'")
+    say(f"Try it:\n  curl {address}{header} -H 'Content-Type: application/json' \\")
+    say(f"    -d '{body}'")
 
 
 async def _say_models(up: Gateway) -> None:
+    # What is imported at its first use is better imported now: later, when every client has taken a
+    # file handle, there may be none left to read it with.
+    for name in ("genai_prices", "jsonschema"):
+        await asyncio.to_thread(importlib.import_module, name)
     usable = [model for model in await up.catalogue.list() if model.has_credentials]
     shown = ", ".join(model.id for model in usable[:MODELS_SHOWN_MAX])
     more = len(usable) - MODELS_SHOWN_MAX
@@ -307,7 +327,7 @@ async def _run_once(arguments: argparse.Namespace, settings: Settings) -> int:
             arguments.profile, arguments.prompt, model=arguments.model, thread_id=arguments.thread
         )
         if fallback := started.get("fallback"):
-            _note(f"{started['model']} answers: {fallback['reason']}")
+            note(f"{started['model']} answers: {fallback['reason']}")
         terminal = Terminal(client, started, yes=arguments.yes)
         code = INTERRUPTED
         try:
@@ -318,7 +338,7 @@ async def _run_once(arguments: argparse.Namespace, settings: Settings) -> int:
                 async with asyncio.timeout(CANCEL_S):
                     await client.cancel(started["runId"])
                     await terminal.follow()
-        _note(f"Thread: {started['threadId']} (go on with --thread)")
+        note(f"Thread: {started['threadId']} (go on with --thread)")
         return code
 
 
@@ -342,109 +362,6 @@ async def _running(path: Path) -> str | None:
             return found and found[1]
         await asyncio.sleep(STARTING_POLL_S)
     raise BootError(f"A gateway is using {path} but does not say its address; try again.")
-
-
-class Terminal:
-    """A run on the terminal: what the agent says on stdout, all about it on stderr."""
-
-    def __init__(self, client: Client, started: dict[str, Any], *, yes: bool) -> None:
-        self._client = client
-        self._run = started
-        self._yes = yes
-        self._since: int = started["startSeq"]
-        self._line_is_open = False
-
-    async def follow(self) -> int:
-        """Show the run from where it was left, to its end; return the exit code."""
-        thread_id, run_id = self._run["threadId"], self._run["runId"]
-        code = 1
-        events = self._client.events(thread_id, self._since, run_id=run_id)
-        async with contextlib.aclosing(events):
-            async for event in events:
-                self._since = event.get("seq", self._since)
-                if event["type"] == "permission.request":
-                    await self._decide(event)
-                elif event["type"] == "session.end":
-                    code = 0 if event["status"] == "succeeded" else 1
-                self._show(event)
-        return code
-
-    def _show(self, event: dict[str, Any]) -> None:
-        match event:
-            case {"type": "text.delta", "text": text, "notice": True}:
-                self._about(text.strip())
-            case {"type": "text.delta", "text": text}:
-                self._text(text)
-            case {"type": "tool.call.execute", "toolName": name, "input": given}:
-                shown = json.dumps(given, ensure_ascii=False)
-                more = "…" if len(shown) > CALL_CHARS_MAX else ""
-                self._about(f"> {name} {shown[:CALL_CHARS_MAX]}{more}")
-            case {"type": "tool.call.end", "toolName": name, "isError": True, "result": result}:
-                self._about(f"> {name} failed: {result}")
-            case {"type": "recovery", "detail": detail}:
-                self._about(f"Trying again: {detail}")
-            case {"type": "error", "message": message}:
-                self._about(f"Error: {message}")
-            case {"type": "session.end", "status": status, "code": code}:
-                self._about(f"The run {ENDS[status]} ({code})." if status in ENDS else "")
-            case _:
-                pass
-
-    def _text(self, text: str) -> None:
-        """Show what the agent says; to a terminal without the codes that could control it."""
-        print(_printable(text) if sys.stdout.isatty() else text, end="", flush=True)
-        self._line_is_open = not text.endswith("\n") if text else self._line_is_open
-
-    def _about(self, said: str) -> None:
-        if self._line_is_open:
-            self._text("\n")
-        if said:
-            _note(_printable(said))
-
-    async def _decide(self, asked: dict[str, Any]) -> None:
-        """Have a question answered, by whoever is there."""
-        shown = json.dumps(asked["input"], indent=2, ensure_ascii=False)
-        self._about(f"{asked['toolName']} asks for permission: {asked['reason']}\n{shown}")
-        if self._yes:
-            action = "approve"
-            self._about("Approved: --yes.")
-        elif sys.stdin.isatty() and sys.stderr.isatty():
-            action = await _ask()
-        else:
-            action = "deny"
-            self._about("Denied: there is no terminal to ask on. --yes approves everything.")
-        try:
-            await self._client.resume(self._run["threadId"], action, asked["requestId"])
-        except GatewayError as error:
-            # Somebody else was faster, or it took too long: the run goes on with that answer.
-            self._about(error.message)
-
-
-async def _ask() -> str:
-    """Return a person's answer to a question that stands on the terminal."""
-    # What was typed before the question cannot be meant as its answer.
-    termios.tcflush(sys.stdin.fileno(), termios.TCIFLUSH)
-    for _ in range(ANSWERS_MAX):
-        print("Allow? [y]es / [n]o / [a]lways: ", end="", file=sys.stderr, flush=True)
-        line = await _read_line(sys.stdin.fileno())
-        if not line:
-            break
-        if action := ANSWERS.get(line.strip().lower()[:1]):
-            return action
-    _note("Denied: no answer.")
-    return "deny"
-
-
-async def _read_line(terminal: int) -> str:
-    """Return the next line, or nothing at its end; a thread that reads could not be cancelled."""
-    loop = asyncio.get_running_loop()
-    readable = asyncio.Event()
-    loop.add_reader(terminal, readable.set)
-    try:
-        await readable.wait()
-    finally:
-        loop.remove_reader(terminal)
-    return os.read(terminal, ANSWER_BYTES_MAX).decode("utf-8", "replace")
 
 
 # -- init, models
@@ -478,8 +395,8 @@ def _init(arguments: argparse.Namespace) -> int:
     except OSError as error:
         raise BootError(f"{folder} cannot be written: {error.strerror}.") from error
     where = f" --profiles {shlex.quote(arguments.profiles)}" if arguments.profiles else ""
-    _say(f"Wrote {folder}/agent.json and {folder}/SOUL.md.")
-    _say(f"Next:\n  {_program()} run {name} 'Hello'{where}\n  {_program()} serve{where}")
+    say(f"Wrote {folder}/agent.json and {folder}/SOUL.md.")
+    say(f"Next:\n  {_program()} run {name} 'Hello'{where}\n  {_program()} serve{where}")
     return 0
 
 
@@ -504,9 +421,9 @@ async def _list_models(arguments: argparse.Namespace) -> int:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        _say("  ".join(cells).rstrip())
+        say("  ".join(cells).rstrip())
     if others and not arguments.all:
-        _note(f"{len(others)} more are known but cannot be used yet; --all shows what they need.")
+        note(f"{len(others)} more are known but cannot be used yet; --all shows what they need.")
     return 0
 
 
@@ -523,6 +440,51 @@ def _needs(provider: str) -> str:
     return variable(key) if key in {item.name for item in fields(Settings)} else "its server"
 
 
+# -- the log
+
+
+def _follow_log(arguments: argparse.Namespace) -> int:
+    return asyncio.run(_print_log(arguments))
+
+
+async def _print_log(arguments: argparse.Namespace) -> int:
+    path = _settings(arguments).data_path
+    url = await _running(path)
+    if url is None:
+        raise BootError(f"No gateway is using {path}. Start one: {_program()} serve")
+    async with Client(url, datadir.read_token(path)) as client:
+        events = client.events(arguments.thread, arguments.since, agent_id=arguments.agent)
+        async with contextlib.aclosing(events):
+            async for event in events:
+                say(printable(json.dumps(event, ensure_ascii=False)))
+    return 0
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    settings = _settings(arguments)
+    failed = False
+    for finding in examine(settings.data_path, Path(settings.profiles)):
+        failed |= finding.level == "fail"
+        say(f"{finding.level:<5} {finding.text}")
+    return int(failed)
+
+
+def _backup(arguments: argparse.Namespace) -> int:
+    target = Path(arguments.file).absolute()
+    size = backup(_settings(arguments).data_path / datadir.DATABASE, target)
+    say(f"Wrote {target}: {size // 1024} KiB.")
+    return 0
+
+
+def _restore(arguments: argparse.Namespace) -> int:
+    with datadir.DataDir.open(_settings(arguments).data_path) as opened:
+        replaced = restore(opened.database, Path(arguments.file).absolute())
+    say(f"The log is what {arguments.file} held. Cursors of before are told so.")
+    if replaced is not None:
+        say(f"What it held until now is kept in {replaced}; delete it when you need it no more.")
+    return 0
+
+
 # -- words
 
 
@@ -531,18 +493,5 @@ def _program() -> str:
     return "ownware" if shutil.which("ownware") else f"{sys.executable} -m ownware_gateway"
 
 
-def _printable(text: str) -> str:
-    """Return the text with what could control a terminal made visible."""
-    return _CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
-
-
 def _say_field(name: str, value: str) -> None:
-    _say(f"{name:<10} {value}")
-
-
-def _say(text: str) -> None:
-    print(text, flush=True)
-
-
-def _note(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    say(f"{name:<10} {value}")

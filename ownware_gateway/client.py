@@ -11,6 +11,7 @@ What goes over the wire is docs/protocol.md.
 import asyncio
 import contextlib
 import json
+import secrets
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -46,8 +47,16 @@ FAILURES_MAX: Final = 20
 LATER: Final = frozenset({429, 502, 503, 504})
 
 
+#: How often a start is sent before it is given up; it starts one run all the same.
+START_TRIES: Final = 3
+
+
 class ClientError(Exception):
     """The gateway cannot be reached, or what it answers is not known to this client."""
+
+
+class Unreachable(ClientError):
+    """No answer came; whether the request was taken is not known."""
 
 
 class Client:
@@ -90,18 +99,33 @@ class Client:
     ) -> dict[str, Any]:
         """Start a run and return what the gateway says of it: `runId`, `threadId`, `model`, ….
 
-        An attachment has a `filename`, a `mimeType` and `data` in base64.
+        An attachment has a `filename`, a `mimeType` and `data` in base64. An answer that was lost
+        on the way is asked for again: the key that goes along keeps it to one run.
         """
         wanted = {"model": model, "threadId": thread_id, "attachments": list(attachments) or None}
         given = {name: value for name, value in wanted.items() if value is not None}
         body = {"profileId": profile_id, "prompt": prompt, **given}
-        started: dict[str, Any] = await self._ask("POST", "/run", body)
-        return started
+        headers = {"Idempotency-Key": secrets.token_urlsafe(16)}
+        for attempt in range(START_TRIES):
+            try:
+                started: dict[str, Any] = await self._ask("POST", "/run", body, headers)
+            except Unreachable:
+                if attempt == START_TRIES - 1:
+                    raise
+                await asyncio.sleep(BACKOFF_S * 2**attempt)
+            else:
+                return started
+        raise AssertionError("the last try returns or raises")
 
     async def events(
-        self, thread_id: str, since: int | None = None, *, run_id: str | None = None
+        self,
+        thread_id: str,
+        since: int | None = None,
+        *,
+        run_id: str | None = None,
+        agent_id: str = "root",
     ) -> AsyncGenerator[dict[str, Any], None]:
-        """Yield the events of a thread, or only those of one run, which ends with the run.
+        """Yield the events of a thread's agent, or only those of one run, which ends with the run.
 
         `since` is the seq of the last event that is known already. A cut connection, a restart of
         the gateway and a full one are waited out (ClientError after FAILURES_MAX vain tries in a
@@ -109,7 +133,7 @@ class Client:
         `stream.reset` among the events, without a `seq`: what follows starts anew, from the
         earliest event that is kept.
         """
-        path = f"/threads/{_part(thread_id)}/agents/root/events"
+        path = f"/threads/{_part(thread_id)}/agents/{_part(agent_id)}/events"
         if run_id is not None:
             path = f"/runs/{_part(run_id)}/events"
         place = _Place(since)
@@ -161,16 +185,22 @@ class Client:
         health: dict[str, Any] = await self._ask("GET", "/health")
         return health
 
-    async def _ask(self, method: str, path: str, body: Any = None) -> Any:
+    async def _ask(
+        self,
+        method: str,
+        path: str,
+        body: Any = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> Any:
         timeout = aiohttp.ClientTimeout(REQUEST_TIMEOUT_S, sock_connect=CONNECT_TIMEOUT_S)
         try:
             async with self._session.request(
-                method, self._base + path, json=body, timeout=timeout
+                method, self._base + path, json=body, headers=headers, timeout=timeout
             ) as response:
                 await _check(response)
                 return await response.json()
         except (aiohttp.ClientError, TimeoutError, ValueError) as error:
-            raise ClientError(f"The gateway at {self._base} does not answer: {error}.") from error
+            raise Unreachable(f"The gateway at {self._base} does not answer: {error}.") from error
 
     async def _connection(self, path: str, place: "_Place") -> AsyncGenerator[dict[str, Any], None]:
         """Yield what one connection brings; `place` learns how far it came, and why it ended."""

@@ -18,6 +18,7 @@ from typing import Final, Self
 from ownware_gateway.errors import BootError
 
 LOCK_FILE: Final = "gateway.lock"
+DATABASE: Final = "gateway.db"
 TOKEN_FILE: Final = "gateway-token"  # noqa: S105 - the name of a file
 TOKEN_BYTES: Final = 32
 SMALL_FILE_BYTES_MAX: Final = 4_096
@@ -110,7 +111,7 @@ class DataDir:
     @property
     def database(self) -> Path:
         """Where the log is kept."""
-        return self.path / "gateway.db"
+        return self.path / DATABASE
 
     @property
     def workspace(self) -> Path:

@@ -171,7 +171,11 @@ def test_names_in_a_document_exist_in_the_code(document: Path) -> None:
         if re.fullmatch(r"[a-z]+(?:_[a-z]+)+|[a-z]+(?:[A-Z][a-z]+)+|--[a-z-]+", word)
     }
     others = read("pyproject.toml") + read("Makefile") + read(".ci/run") + "--require-hashes"
-    known = SOURCE + others + " ".join(path.stem for path in (ROOT / "tests").rglob("*.py"))
+    tests = list((ROOT / "tests").rglob("*.py"))
+    cases = [
+        name for path in tests for name in re.findall(r"def (test_\w+)", path.read_text("utf-8"))
+    ]
+    known = " ".join([SOURCE, others, *(path.stem for path in tests), *cases])
     unknown = {
         name
         for name in names
