@@ -16,9 +16,9 @@ from aiohttp.abc import AbstractAccessLogger
 from aiohttp.typedefs import Handler
 
 from ownware_gateway import auth
+from ownware_gateway.calls import Parts
 from ownware_gateway.datadir import DataDir
 from ownware_gateway.doors import native
-from ownware_gateway.drive import Parts
 from ownware_gateway.engine import Engine, EngineLimits
 from ownware_gateway.errors import BootError
 from ownware_gateway.log import Log, Retention

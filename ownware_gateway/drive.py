@@ -6,17 +6,14 @@ run that goes on after a restart is driven by the same code as one that has just
 
 import asyncio
 import json
-import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
+from ownware_gateway.calls import Assignment, Calls, Parts
 from ownware_gateway.events import (
     Event,
     Fallback,
-    PermissionRequest,
     Recovery,
     RunCancel,
     SessionStart,
@@ -25,18 +22,13 @@ from ownware_gateway.events import (
     ThinkingComplete,
     ThinkingDelta,
     ToolCallArgsDelta,
-    ToolCallEnd,
-    ToolCallExecute,
-    ToolCallProgress,
     ToolCallStart,
     TurnStart,
 )
-from ownware_gateway.log import Append, Commit, Drives, Log, Private, Run
-from ownware_gateway.masking import Masker
+from ownware_gateway.log import Append, Commit, Drives, Private, Run
 from ownware_gateway.models import (
     Answer,
     CallStart,
-    Catalogue,
     Dispatch,
     ModelError,
     Part,
@@ -45,7 +37,6 @@ from ownware_gateway.models import (
     Thinking,
     ToolSpec,
 )
-from ownware_gateway.permissions import Verdict, allowed_tools, judge, operation_hash, stricter
 from ownware_gateway.profile import Profile
 from ownware_gateway.run import (
     Ask,
@@ -64,57 +55,17 @@ from ownware_gateway.run import (
     tool_end,
     turn_end,
 )
-from ownware_gateway.tools import Context, Output, Tool, ToolFailed, clip, parse_arguments
+from ownware_gateway.tools import clip
 from ownware_gateway.transcript import (
     NOTICE,
     Answer as StoredAnswer,
-    Call,
     RunFacts,
     Turn,
     conversation,
-    grants,
 )
 
 #: Events that may be on their way to the disk before the model's stream is read on.
 UNCOMMITTED_EVENTS_MAX: Final = 2_000
-
-#: Calls of one turn that run at the same time.
-PARALLEL_CALLS_MAX: Final = 16
-
-#: The longest line of progress that is kept.
-PROGRESS_CHARS_MAX: Final = 2_000
-
-_log: Final = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Parts:
-    """What every run is driven with."""
-
-    log: Log
-    catalogue: Catalogue
-    tools: Mapping[str, Tool]
-    masker: Masker
-    workspace: Path
-    environment: Mapping[str, str]
-    clock_ms: Callable[[], int]
-    new_id: Callable[[str], str]
-
-
-@dataclass(frozen=True, slots=True)
-class Assignment:
-    """What one run is driven with: `history` ends with the run itself.
-
-    `profile` is what it started with, `profile_now` what the files say today: it goes on as the
-    first, but may do nothing that either of them would not let it.
-    """
-
-    run: Run
-    profile: Profile
-    profile_now: Profile
-    dispatch: Dispatch
-    history: Sequence[RunFacts]
-    restarted: bool = False
 
 
 class Drive:
@@ -124,13 +75,11 @@ class Drive:
         self._parts = parts
         self._run = assignment.run
         self._profile = assignment.profile
-        self._profile_now = assignment.profile_now
         self._dispatch = assignment.dispatch
         self._history = assignment.history
         self._facts = assignment.history[-1]
         self._restarted = assignment.restarted
-        allowed_now = allowed_tools(assignment.profile_now, dict(parts.tools))
-        self._tools = allowed_tools(assignment.profile, allowed_now)
+        self._calls = Calls(parts, assignment, self._store)
         self._guard = Drives(assignment.run.id, assignment.run.generation)
         self._limits = Limits(
             assignment.profile.max_turns, assignment.profile.execution.max_cost_usd
@@ -146,7 +95,9 @@ class Drive:
     async def go(self) -> None:
         """Take one step after the other. Raises Refused when the run is not ours any more."""
         while not self._leaving:
-            step = next_step(self._facts, self._judge, self._limits, timed_out=self._timed_out)
+            step = next_step(
+                self._facts, self._calls.judge, self._limits, timed_out=self._timed_out
+            )
             match step:
                 case Done() | Wait():
                     return
@@ -162,7 +113,7 @@ class Drive:
     def cancel(self, event: RunCancel) -> None:
         """Note that the run was asked to stop, and cut off the step under way."""
         self._facts.apply(event)
-        if self._scope is not None:
+        if self._scope is not None and not self._scope.expired():
             self._scope.reschedule(self._loop.time())
 
     def _active_ms(self) -> int:
@@ -185,9 +136,9 @@ class Drive:
             case Ask():
                 await self._ask(step)
             case RunTools(calls):
-                await self._run_tools(calls)
+                await self._calls.run(calls)
             case Question(call, reason):
-                await self._question(call, reason)
+                await self._calls.ask(call, reason)
             case Refuse(call, reason):
                 ended = clip(self._parts.masker.text(reason)).text
                 self._store([tool_end(self._turn, call, ended, is_error=True)])
@@ -303,7 +254,7 @@ class Drive:
             system=profile.instructions,
             tools=[
                 ToolSpec(tool.name, tool.description, tool.input_schema)
-                for tool in self._tools.values()
+                for tool in self._calls.tools.values()
             ],
             temperature=profile.temperature,
             max_tokens=profile.max_tokens,
@@ -357,116 +308,6 @@ class Drive:
         await self._store(self._again(recovery, self._parts.clock_ms())).wait()
         await asyncio.sleep(then.delay_s)
 
-    # -- tools and permissions
-
-    def _judge(self, call: Call) -> Verdict:
-        tool = self._tools.get(call.name)
-        if tool is None:
-            names = ", ".join(sorted(self._tools)) or "none"
-            return Verdict("deny", f"There is no tool named {call.name!r}. There are: {names}.")
-        if call.executing:
-            if tool.safe_to_repeat:
-                return Verdict("run", "it is safe to repeat")
-            return Verdict(
-                "deny",
-                "Interrupted: the gateway stopped while this ran. It may have had its effect, in "
-                "whole or in part, and is not run again by itself.",
-            )
-        try:
-            arguments = self._arguments(call)
-        except ToolFailed as error:
-            return Verdict("deny", str(error))
-        operation = operation_hash(self._parts.log.secret, tool.name, arguments)
-        granted = grants(self._history)
-        return stricter(
-            judge(self._profile, tool, operation, granted),
-            judge(self._profile_now, tool, operation, granted),
-        )
-
-    def _arguments(self, call: Call) -> dict[str, Any]:
-        """Return the exact arguments of a call; raises ToolFailed when they do not fit."""
-        answer = self._turn.answer
-        assert answer is not None
-        wanted = next(item for item in answer.turn.tool_calls if item.id == call.id)
-        return parse_arguments(self._tools[call.name], wanted.arguments)
-
-    async def _question(self, call: Call, reason: str) -> None:
-        arguments = self._arguments(call)
-        request = PermissionRequest(
-            request_id=self._parts.new_id("perm"),
-            tool_call_id=call.id,
-            tool_name=call.name,
-            input=self._parts.masker.value(arguments),
-            reason=reason,
-            operation_hash=operation_hash(self._parts.log.secret, call.name, arguments),
-            expires_at=self._parts.clock_ms() + self._profile.security.hitl_timeout_ms,
-            turn_index=self._turn.index,
-        )
-        await self._store([request]).wait()
-
-    async def _run_tools(self, calls: Sequence[Call]) -> None:
-        """Run calls together. That they begin is durable before any of them has an effect."""
-        turn = self._turn
-        arguments = [self._arguments(call) for call in calls]
-        begin = [
-            ToolCallExecute(
-                tool_call_id=call.id,
-                tool_name=call.name,
-                input=self._parts.masker.value(given),
-                turn_index=turn.index,
-            )
-            for call, given in zip(calls, arguments, strict=True)
-        ]
-        await self._store(begin).wait()
-        free = asyncio.Semaphore(PARALLEL_CALLS_MAX)
-        try:
-            async with asyncio.TaskGroup() as group:
-                for call, given in zip(calls, arguments, strict=True):
-                    group.create_task(self._call(turn, call, given, free))
-        except ExceptionGroup as failures:
-            # One says it all: the run is not ours any more, and the other calls were cut off.
-            raise failures.exceptions[0] from None
-
-    async def _call(
-        self, turn: Turn, call: Call, arguments: dict[str, Any], free: asyncio.Semaphore
-    ) -> None:
-        tool = self._tools[call.name]
-        async with free:
-            began_s = self._loop.time()
-            output = await self._output(tool, call, arguments)
-            took_ms = int((self._loop.time() - began_s) * 1000)
-        ended = ToolCallEnd(
-            tool_call_id=call.id,
-            tool_name=call.name,
-            result=self._parts.masker.text(output.text),
-            is_error=output.is_error,
-            duration_ms=took_ms,
-            turn_index=turn.index,
-            truncated=output.truncated,
-            output_bytes_raw=output.bytes_raw,
-        )
-        await self._store([ended]).wait()
-
-    async def _output(self, tool: Tool, call: Call, arguments: dict[str, Any]) -> Output:
-        def progress(line: str) -> None:
-            shown = self._parts.masker.text(line)[:PROGRESS_CHARS_MAX]
-            event = ToolCallProgress(
-                tool_call_id=call.id, progress=shown, turn_index=self._turn.index
-            )
-            self._parts.log.append(Append(self._run.stream, self._guard, [event]))
-
-        context = Context(self._parts.workspace, self._parts.environment, progress)
-        try:
-            async with asyncio.timeout(tool.timeout_s):
-                return await tool.call(context, arguments)
-        except ToolFailed as error:
-            return _failed(str(error))
-        except TimeoutError:
-            return _failed(f"Stopped: {tool.name} took longer than {tool.timeout_s:g} s.")
-        except Exception:  # noqa: BLE001 - a tool's bug is the model's to hear of, not the run's end
-            _log.exception("the tool %s failed in run %s", tool.name, self._run.id)
-            return _failed(f"{tool.name} failed inside the gateway; its log says why.")
-
 
 def fallback_of(profile: Profile, dispatch: Dispatch) -> Fallback | None:
     """Return why another model answers than the profile names; None when it is the one."""
@@ -482,11 +323,6 @@ async def finish(
     events = closing(facts, how, parts.clock_ms())
     guard = Drives(run.id, run.generation)
     await parts.log.append(Append(run.stream, guard, events, active_ms=active_ms)).wait()
-
-
-def _failed(message: str) -> Output:
-    output = clip(message)
-    return Output(output.text, output.truncated, output.bytes_raw, is_error=True)
 
 
 def _events(parts: Sequence[Part], turn: Turn) -> tuple[list[Event], Answer | None]:

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from typing import Final, Literal
 
 from ownware_gateway.approvals import Approvals
-from ownware_gateway.drive import Assignment, Drive, Parts, fallback_of, finish
+from ownware_gateway.calls import Assignment, Parts
+from ownware_gateway.drive import Drive, fallback_of, finish
 from ownware_gateway.errors import GatewayError
 from ownware_gateway.events import Attachment, Fallback, RunCancel, UserMessage
 from ownware_gateway.log import (

@@ -1,0 +1,211 @@
+"""The tool calls of one run: whether they may run, the question to a person, and running them."""
+
+import asyncio
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Protocol
+
+from ownware_gateway.events import (
+    Event,
+    PermissionRequest,
+    ToolCallEnd,
+    ToolCallExecute,
+    ToolCallProgress,
+)
+from ownware_gateway.log import Commit, Log, Run
+from ownware_gateway.masking import Masker
+from ownware_gateway.models import Catalogue, Dispatch
+from ownware_gateway.permissions import (
+    Verdict,
+    allowed_tools,
+    judge,
+    operation_hash,
+    stricter,
+)
+from ownware_gateway.profile import Profile
+from ownware_gateway.tools import Context, Output, Tool, ToolFailed, clip, parse_arguments
+from ownware_gateway.transcript import Call, RunFacts, Turn, grants
+
+#: Calls of one turn that run at the same time.
+PARALLEL_CALLS_MAX: Final = 16
+
+#: The longest line of progress that is kept.
+PROGRESS_CHARS_MAX: Final = 2_000
+
+_log: Final = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What every run is driven with."""
+
+    log: Log
+    catalogue: Catalogue
+    tools: Mapping[str, Tool]
+    masker: Masker
+    workspace: Path
+    environment: Mapping[str, str]
+    clock_ms: Callable[[], int]
+    new_id: Callable[[str], str]
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """What one run is driven with: `history` ends with the run itself.
+
+    `profile` is what it started with, `profile_now` what the files say today: it goes on as the
+    first, but may do nothing that either of them would not let it.
+    """
+
+    run: Run
+    profile: Profile
+    profile_now: Profile
+    dispatch: Dispatch
+    history: Sequence[RunFacts]
+    restarted: bool = False
+
+
+class Store(Protocol):
+    """Appends events of the run and folds them into its facts."""
+
+    def __call__(self, events: Sequence[Event]) -> Commit:
+        """Return the commit that says when they are durable."""
+        ...
+
+
+class Calls:
+    """The tools that a run's agent has, and what becomes of its calls."""
+
+    def __init__(self, parts: Parts, assignment: Assignment, store: Store) -> None:
+        self._parts = parts
+        self._run = assignment.run
+        self._profile = assignment.profile
+        self._profile_now = assignment.profile_now
+        self._history = assignment.history
+        self._facts = assignment.history[-1]
+        self._store = store
+        self._loop = asyncio.get_running_loop()
+        allowed_now = allowed_tools(assignment.profile_now, dict(parts.tools))
+        self.tools = allowed_tools(assignment.profile, allowed_now)
+
+    @property
+    def _turn(self) -> Turn:
+        assert self._facts.turn is not None
+        return self._facts.turn
+
+    def judge(self, call: Call) -> Verdict:
+        """Return whether a call may run, needs a person's yes, or is refused."""
+        tool = self.tools.get(call.name)
+        if tool is None:
+            names = ", ".join(sorted(self.tools)) or "none"
+            return Verdict("deny", f"There is no tool named {call.name!r}. There are: {names}.")
+        if call.executing:
+            if tool.safe_to_repeat:
+                return Verdict("run", "it is safe to repeat")
+            return Verdict(
+                "deny",
+                "Interrupted: the gateway stopped while this ran. It may have had its effect, in "
+                "whole or in part, and is not run again by itself.",
+            )
+        try:
+            arguments = self._arguments(call)
+        except ToolFailed as error:
+            return Verdict("deny", str(error))
+        operation = operation_hash(self._parts.log.secret, tool.name, arguments)
+        granted = grants(self._history)
+        return stricter(
+            judge(self._profile, tool, operation, granted),
+            judge(self._profile_now, tool, operation, granted),
+        )
+
+    def _arguments(self, call: Call) -> dict[str, Any]:
+        """Return the exact arguments of a call; raises ToolFailed when they do not fit."""
+        answer = self._turn.answer
+        assert answer is not None
+        wanted = next(item for item in answer.turn.tool_calls if item.id == call.id)
+        return parse_arguments(self.tools[call.name], wanted.arguments)
+
+    async def ask(self, call: Call, reason: str) -> None:
+        """Append the question to a person whether a call may run."""
+        arguments = self._arguments(call)
+        request = PermissionRequest(
+            request_id=self._parts.new_id("perm"),
+            tool_call_id=call.id,
+            tool_name=call.name,
+            input=self._parts.masker.value(arguments),
+            reason=reason,
+            operation_hash=operation_hash(self._parts.log.secret, call.name, arguments),
+            expires_at=self._parts.clock_ms() + self._profile.security.hitl_timeout_ms,
+            turn_index=self._turn.index,
+        )
+        await self._store([request]).wait()
+
+    async def run(self, calls: Sequence[Call]) -> None:
+        """Run calls together. That they begin is durable before any of them has an effect."""
+        turn = self._turn
+        arguments = [self._arguments(call) for call in calls]
+        begin = [
+            ToolCallExecute(
+                tool_call_id=call.id,
+                tool_name=call.name,
+                input=self._parts.masker.value(given),
+                turn_index=turn.index,
+            )
+            for call, given in zip(calls, arguments, strict=True)
+        ]
+        await self._store(begin).wait()
+        free = asyncio.Semaphore(PARALLEL_CALLS_MAX)
+        try:
+            async with asyncio.TaskGroup() as group:
+                for call, given in zip(calls, arguments, strict=True):
+                    group.create_task(self._call(turn, call, given, free))
+        except ExceptionGroup as failures:
+            # One says it all: the run is not ours any more, and the other calls were cut off.
+            raise failures.exceptions[0] from None
+
+    async def _call(
+        self, turn: Turn, call: Call, arguments: dict[str, Any], free: asyncio.Semaphore
+    ) -> None:
+        tool = self.tools[call.name]
+        async with free:
+            began_s = self._loop.time()
+            output = await self._output(tool, call, arguments)
+            took_ms = int((self._loop.time() - began_s) * 1000)
+        ended = ToolCallEnd(
+            tool_call_id=call.id,
+            tool_name=call.name,
+            result=self._parts.masker.text(output.text),
+            is_error=output.is_error,
+            duration_ms=took_ms,
+            turn_index=turn.index,
+            truncated=output.truncated,
+            output_bytes_raw=output.bytes_raw,
+        )
+        await self._store([ended]).wait()
+
+    async def _output(self, tool: Tool, call: Call, arguments: dict[str, Any]) -> Output:
+        def progress(line: str) -> None:
+            shown = self._parts.masker.text(line)[:PROGRESS_CHARS_MAX]
+            event = ToolCallProgress(
+                tool_call_id=call.id, progress=shown, turn_index=self._turn.index
+            )
+            self._store([event])
+
+        context = Context(self._parts.workspace, self._parts.environment, progress)
+        try:
+            async with asyncio.timeout(tool.timeout_s):
+                return await tool.call(context, arguments)
+        except ToolFailed as error:
+            return _failed(str(error))
+        except TimeoutError:
+            return _failed(f"Stopped: {tool.name} took longer than {tool.timeout_s:g} s.")
+        except Exception:  # noqa: BLE001 - a tool's bug is the model's to hear of, not the run's end
+            _log.exception("the tool %s failed in run %s", tool.name, self._run.id)
+            return _failed(f"{tool.name} failed inside the gateway; its log says why.")
+
+
+def _failed(message: str) -> Output:
+    output = clip(message)
+    return Output(output.text, output.truncated, output.bytes_raw, is_error=True)
