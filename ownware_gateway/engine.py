@@ -422,7 +422,8 @@ class Engine:
             if run.terminal or run.id in self._slots or self._stopping:
                 continue
             self._go(await self._parts.log.take_over(run.id), restarted=True)
-            await asyncio.wait({self._slots[run.id].task})
+            if (slot := self._slots.get(run.id)) is not None:
+                await asyncio.wait({slot.task})
 
     def refuse(self) -> None:
         """Take no more work: the gateway is leaving."""
