@@ -82,8 +82,9 @@ async function show(event, threadId) {
   if (event.type === "error") console.error(`\n[${event.code}: ${event.message}]`);
   if (event.type !== "permission.request") return;
   console.log(`\n${event.toolName} wants to run with ${JSON.stringify(event.input, null, 2)}`);
-  const yes = (await read("Allow it? [y/n] "))?.trim().toLowerCase().startsWith("y");
-  const answer = { action: yes ? "approve" : "deny", requestId: event.requestId };
+  const said = (await read("Allow it? [y]es / [n]o / [a]lways: "))?.trim().toLowerCase()[0];
+  const action = { y: "approve", a: "always" }[said] ?? "deny";
+  const answer = { action, requestId: event.requestId };
   // Someone else may have answered meanwhile: that is not an error of this chat.
   await ask(`/threads/${threadId}/resume`, answer).catch((error) => console.error(error.message));
 }

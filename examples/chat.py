@@ -93,9 +93,10 @@ def show(event: dict[str, Any], thread_id: str) -> None:
             print(f"\n[{event['code']}: {event['message']}]", file=sys.stderr)
         case "permission.request":
             print(f"\n{event['toolName']} wants to run with {json.dumps(event['input'], indent=2)}")
-            print("Allow it? [y/n] ", end="", flush=True)
-            yes = sys.stdin.readline().strip().lower().startswith("y")
-            answer = {"action": "approve" if yes else "deny", "requestId": event["requestId"]}
+            print("Allow it? [y]es / [n]o / [a]lways: ", end="", flush=True)
+            said = sys.stdin.readline().strip().lower()[:1]
+            action = {"y": "approve", "a": "always"}.get(said, "deny")
+            answer = {"action": action, "requestId": event["requestId"]}
             try:
                 ask(f"/threads/{thread_id}/resume", answer)
             except RuntimeError as error:  # someone else may have answered meanwhile

@@ -25,7 +25,7 @@ from ownware_gateway.log import Log, Retention
 from ownware_gateway.log.sqlite import SqliteLog
 from ownware_gateway.masking import Masker
 from ownware_gateway.models import Catalogue
-from ownware_gateway.models.catalogue import KnownModels
+from ownware_gateway.models.catalogue import DEMO_ID as DEMO_ID, KnownModels
 from ownware_gateway.profile import Profiles
 from ownware_gateway.settings import Settings, child_environment
 from ownware_gateway.stream import Streamer
@@ -107,7 +107,7 @@ async def gateway(settings: Settings) -> AsyncIterator[Gateway]:
         workspace = _workspace(settings, data_dir)
         listener = _listen(settings)
         stack.callback(listener.close)
-        profiles = Profiles(Path(settings.profiles))
+        profiles = Profiles(Path(settings.profiles), tools())
         catalogue = KnownModels(settings)
         stack.push_async_callback(catalogue.close)
         log = await SqliteLog.open(data_dir.database, clock_ms)
@@ -140,7 +140,7 @@ async def gateway(settings: Settings) -> AsyncIterator[Gateway]:
             )
         )
         recovered = await engine.recover()
-        pruning = asyncio.get_running_loop().create_task(_prune(log, settings))
+        pruning = asyncio.get_running_loop().create_task(_prune(log, engine, settings))
         stack.callback(pruning.cancel)
 
         async def leave() -> None:
@@ -158,6 +158,7 @@ async def gateway(settings: Settings) -> AsyncIterator[Gateway]:
         )
         auth.protect(app, access, lambda: clock_ms() / 1000)
         app.add_routes(door.routes())
+        app.on_response_prepare.append(_name_server)
         runner = web.AppRunner(
             app,
             access_log_class=AccessLog,
@@ -187,6 +188,11 @@ async def gateway(settings: Settings) -> AsyncIterator[Gateway]:
         )
 
 
+async def _name_server(_request: web.Request, response: web.StreamResponse) -> None:
+    """Say who answers, and not with which versions."""
+    response.headers["Server"] = "ownware"
+
+
 class _Requests:
     """The requests that have no answer yet."""
 
@@ -214,7 +220,7 @@ class _Requests:
                 await self._none.wait()
 
 
-async def _prune(log: Log, settings: Settings) -> None:
+async def _prune(log: Log, engine: Engine, settings: Settings) -> None:
     """Remove from the log what the settings let go, now and every so often."""
     policy = Retention(
         deltas_ms=settings.retention_deltas_days * DAY_MS or None,
@@ -223,7 +229,9 @@ async def _prune(log: Log, settings: Settings) -> None:
     )
     while policy != Retention():
         # In portions, each a transaction, so that nobody waits long for the log.
-        if not await log.prune(policy):
+        if await log.prune(policy):
+            engine.forget_conversations()
+        else:
             await asyncio.sleep(PRUNE_EVERY_S)
 
 

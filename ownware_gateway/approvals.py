@@ -12,10 +12,11 @@ from typing import Final
 
 from ownware_gateway.errors import GatewayError
 from ownware_gateway.events import DecidedBy, PermissionResponse
-from ownware_gateway.log import Append, Decides, Log, Permission, Refused, Run, Stream
+from ownware_gateway.log import Append, Decides, Log, Permission, Refused, Stream
 
-#: A timer is set for no longer than this, and set again: loops refuse waits of years.
-TIMER_S_MAX: Final = 86_400.0
+#: A timer is set for no longer than this, and set again: it does not count the time that the
+#: machine is suspended, which the clock does.
+TIMER_S_MAX: Final = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +32,7 @@ class Decision:
 class Approvals:
     """The questions of all runs. `go` is told of a run whose question has its answer."""
 
-    def __init__(self, log: Log, clock_ms: Callable[[], int], go: Callable[[Run], None]) -> None:
+    def __init__(self, log: Log, clock_ms: Callable[[], int], go: Callable[[str], None]) -> None:
         self._log = log
         self._clock_ms = clock_ms
         self._go = go
@@ -55,8 +56,8 @@ class Approvals:
                 "The decision is about another operation than the one that is asked for.",
                 operationHash=asked.operation_hash,
             )
-        verb = "allowed" if decision.granted else "denied"
-        await self._answer(asked, decision, "user", decision.reason or f"a person {verb} it")
+        said = f"the answer was {'yes' if decision.granted else 'no'}"
+        await self._answer(asked, decision, "user", decision.reason or said)
         return asked
 
     async def _find(self, thread_id: str, request_id: str | None) -> Permission:
@@ -93,9 +94,7 @@ class Approvals:
                 raise _unknown(asked.request_id) from None  # Its thread was deleted just now.
             raise await self._already_decided(refused.winner) from None
         self.forget(asked.request_id)
-        run = await self._log.run(asked.run_id)
-        assert run is not None, asked
-        self._go(run)
+        self._go(asked.run_id)
 
     async def watch(self, run_id: str) -> None:
         """Have the run's question answered with no, once its time is over."""
@@ -119,7 +118,7 @@ class Approvals:
         task.add_done_callback(self._tasks.discard)
 
     async def _expire(self, asked: Permission) -> None:
-        waited_s = (asked.expires_at - asked.requested_at) / 1000
+        waited_s = round((asked.expires_at - asked.requested_at) / 1000, 1)
         reason = f"nobody answered within {waited_s:g} s"
         # It may have been decided in the last moment.
         with contextlib.suppress(GatewayError):

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from ownware_gateway.events import (
     ToolCallProgress,
 )
 from ownware_gateway.log import Commit, Log, Run
-from ownware_gateway.masking import Masker
+from ownware_gateway.masking import MASK, Masker
 from ownware_gateway.models import Catalogue, Dispatch
 from ownware_gateway.permissions import (
     Verdict,
@@ -33,6 +34,8 @@ PARALLEL_CALLS_MAX: Final = 16
 
 #: The longest line of progress that is kept.
 PROGRESS_CHARS_MAX: Final = 2_000
+
+_KEY_BEGINS: Final = re.compile("-----BEGIN [A-Z ]*PRIVATE KEY")
 
 _log: Final = logging.getLogger(__name__)
 
@@ -186,12 +189,21 @@ class Calls:
         await self._store([ended]).wait()
 
     async def _output(self, tool: Tool, call: Call, arguments: dict[str, Any]) -> Output:
+        in_key = False
+
         def progress(line: str) -> None:
-            shown = self._parts.masker.text(line)[:PROGRESS_CHARS_MAX]
-            event = ToolCallProgress(
-                tool_call_id=call.id, progress=shown, turn_index=self._turn.index
+            nonlocal in_key
+            # A key of many lines cannot be recognised in one of them.
+            in_key = in_key or _KEY_BEGINS.search(line) is not None
+            shown = MASK if in_key else self._parts.masker.text(line)[:PROGRESS_CHARS_MAX]
+            in_key = in_key and "-----END" not in line
+            self._store(
+                [
+                    ToolCallProgress(
+                        tool_call_id=call.id, progress=shown, turn_index=self._turn.index
+                    )
+                ]
             )
-            self._store([event])
 
         context = Context(self._parts.workspace, self._parts.environment, progress)
         try:

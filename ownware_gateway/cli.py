@@ -25,7 +25,7 @@ from typing import Any, Final, Never
 from pydantic import ValidationError
 
 from ownware_gateway import __version__, datadir
-from ownware_gateway.app import Gateway, gateway
+from ownware_gateway.app import DEMO_ID, Gateway, gateway
 from ownware_gateway.client import Client, ClientError
 from ownware_gateway.doctor import examine
 from ownware_gateway.errors import BootError, GatewayError
@@ -238,7 +238,8 @@ async def _serve_until_signal(settings: Settings, hide: Callable[[str], None]) -
 def _say_start(up: Gateway, settings: Settings) -> None:
     folder = Path(settings.profiles).absolute()
     names = [profile.name for profile in up.profiles.all()]
-    say(f"Ownware Gateway {__version__} listens on {up.url}")
+    where = f"everywhere, here at {up.url}" if up.access.exposed else up.url
+    say(f"Ownware Gateway {__version__} listens on {where}")
     _say_field("Profiles", f"{', '.join(names) or 'none'} (in {folder})")
     for item in up.profiles.broken():
         _say_field("", f"not usable: {item.message}")
@@ -258,10 +259,19 @@ def _say_start(up: Gateway, settings: Settings) -> None:
         say(f"There is no profile to run yet. Make one: {_program()} init --profiles {where}")
         return
     header = f' -H "Authorization: Bearer $({token})"' if up.token else ""
-    body = json.dumps({"profileId": names[0], "prompt": "Hello"})
+    body = json.dumps({"profileId": names[0], "prompt": "Hello"} | _usable_model(up, names[0]))
     address = shlex.quote(f"{up.url}/api/v1/run")
     say(f"Try it:\n  curl {address}{header} -H 'Content-Type: application/json' \\")
     say(f"    -d '{body}'")
+
+
+def _usable_model(up: Gateway, profile: str) -> dict[str, str]:
+    """Return what a start must say for an answer to come, where nothing may stand in."""
+    try:
+        up.catalogue.resolve(up.profiles.get(profile).model)
+    except GatewayError:
+        return {"model": DEMO_ID} if up.access.exposed else {}
+    return {}
 
 
 async def _say_models(up: Gateway) -> None:

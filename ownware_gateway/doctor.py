@@ -104,12 +104,12 @@ def _log(database: Path) -> Iterator[Finding]:
     try:
         check(database)
     except BootError as error:
-        yield Finding("fail", str(error))
+        yield Finding("fail", f"{error} To put a backup in its place, run: ownware restore FILE")
         return
     yield Finding("ok", f"The log is whole: {database.stat().st_size // 1024} KiB.")
     unfinished, waiting = count_unfinished(database)
     yield Finding(
-        "ok", f"{unfinished} runs have not ended, {waiting} of them wait for a person's answer."
+        "ok", f"Runs that have not ended: {unfinished}. Of them wait for a person: {waiting}."
     )
     wal = database.with_name(f"{database.name}-wal")
     if wal.exists() and wal.stat().st_size > WAL_BYTES_MAX:

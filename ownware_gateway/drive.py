@@ -7,7 +7,7 @@ run that goes on after a restart is driven by the same code as one that has just
 import asyncio
 import json
 from collections.abc import Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import Final
 
 from ownware_gateway.calls import Assignment, Calls, Parts
@@ -113,8 +113,10 @@ class Drive:
     def cancel(self, event: RunCancel) -> None:
         """Note that the run was asked to stop, and cut off the step under way."""
         self._facts.apply(event)
-        if self._scope is not None and not self._scope.expired():
-            self._scope.reschedule(self._loop.time())
+        if self._scope is not None:
+            # Refused when the step is being cut off already.
+            with suppress(RuntimeError):
+                self._scope.reschedule(self._loop.time())
 
     def _active_ms(self) -> int:
         return self._run.active_ms + int((self._loop.time() - self._began_s) * 1000)
@@ -188,7 +190,7 @@ class Drive:
                     timestamp=now,
                 )
             )
-        if self._restarted and (step.supersedes is not None or not step.new_turn):
+        if step.supersedes is not None or (self._restarted and not step.new_turn):
             recovery = Recovery(
                 reason="restart",
                 attempt=self._turn.retries + 1,
@@ -286,7 +288,7 @@ class Drive:
         """
         try:
             value = self._parts.masker.value(json.loads(arguments or "{}"))
-        except ValueError:
+        except (ValueError, RecursionError):
             return self._parts.masker.text(arguments)
         return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 

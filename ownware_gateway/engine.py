@@ -122,6 +122,7 @@ class Engine:
         #: Cancellations on their way into the log; a drive that begins now may not read them there.
         self._cancelling: dict[str, RunCancel] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._starting = 0
         self._stopping = False
         self._recent = Recent(parts.log)
         self.approvals = Approvals(parts.log, parts.clock_ms, self._go)
@@ -140,6 +141,13 @@ class Engine:
             if kept is not None:
                 return _replay(wanted.key, kept)
         await self._check_room()
+        self._starting += 1
+        try:
+            return await self._start(wanted)
+        finally:
+            self._starting -= 1
+
+    async def _start(self, wanted: StartRun) -> Started:
         profile = self._profiles.get(wanted.profile_id)
         dispatch = await self._dispatch(profile, wanted)
         run_id = self._parts.new_id("run")
@@ -184,10 +192,9 @@ class Engine:
                     ) from None
                 case _:
                     raise
-        run = await self._run(run_id)
         facts = RunFacts(message, first, files=wanted.files)
-        self._go(run, _Fresh(profile, dispatch, facts))
-        return Started(run, fallback)
+        self._go(run_id, _Fresh(profile, dispatch, facts))
+        return Started(await self._run(run_id), fallback)
 
     async def _check_room(self) -> None:
         if self._stopping:
@@ -198,7 +205,7 @@ class Engine:
             raise GatewayError(
                 "overloaded", "The log cannot be written now; see /ready.", retry_after_s=5
             )
-        if len(self._slots) >= self._limits.runs_active_max:
+        if len(self._slots) + self._starting >= self._limits.runs_active_max:
             raise GatewayError(
                 "overloaded",
                 f"{len(self._slots)} runs are under way, as many as are allowed; try again.",
@@ -233,43 +240,50 @@ class Engine:
 
     def _go(
         self,
-        run: Run,
+        run_id: str,
         fresh: "_Fresh | None" = None,
         *,
         restarted: bool = False,
     ) -> None:
         """Make sure that a task drives the run, and sees everything that is in the log now."""
-        slot = self._slots.get(run.id)
+        slot = self._slots.get(run_id)
         if slot is not None:
             slot.again = True
             return
         if self._stopping:
             return
-        work = self._drive(run, fresh, restarted=restarted)
+        work = self._drive(run_id, fresh, restarted=restarted)
         task = asyncio.get_running_loop().create_task(work)
-        self._slots[run.id] = _Slot(task, cancel=self._cancelling.get(run.id))
+        self._slots[run_id] = _Slot(task, cancel=self._cancelling.get(run_id))
 
-    async def _drive(self, run: Run, fresh: "_Fresh | None", *, restarted: bool) -> None:
-        slot: _Slot | None = None
+    async def _drive(self, run_id: str, fresh: "_Fresh | None", *, restarted: bool) -> None:
+        slot = self._slots[run_id]
+        run: Run | None = None
         try:
-            while slot is None or slot.again:
-                slot = self._slots[run.id]
+            while run is None or slot.again:
                 slot.again = False
+                run = await self._parts.log.run(run_id)
+                if run is None:
+                    return  # Its thread has been deleted.
                 await self._drive_once(slot, run, fresh, restarted=restarted)
-                run = await self._run(run.id)
                 fresh, restarted = None, False
+            run = await self._parts.log.run(run_id)
+            if run is None:
+                return
             if run.status == "succeeded" and run.end_seq is not None and slot.history:
                 self._recent.keep(run.stream, run.end_seq, slot.history)
+            if not run.terminal:
+                await self.approvals.watch(run_id)
         except Refused:
-            _log.info("run %s has ended, or is driven by another gateway now", run.id)
+            _log.info("run %s has ended, or is driven by another gateway now", run_id)
         except Exception:  # noqa: BLE001 - a task of the engine must not die unheard
-            _log.exception("run %s stopped inside the gateway", run.id)
+            _log.exception("run %s stopped inside the gateway", run_id)
             # Not even its end could be written or read; it goes on when that is over.
-            asyncio.get_running_loop().call_later(AGAIN_S, self._go, run)
+            asyncio.get_running_loop().call_later(AGAIN_S, self._go, run_id)
         finally:
-            del self._slots[run.id]
-        if not run.terminal:
-            await self.approvals.watch(run.id)
+            del self._slots[run_id]
+            if slot.again:
+                self._go(run_id)
 
     async def _drive_once(
         self,
@@ -305,7 +319,7 @@ class Engine:
             slot.drive = None
 
     async def _fail(self, slot: _Slot, run: Run, code: str, message: str) -> None:
-        facts = (await load(self._parts.log, run.stream))[-1]
+        (facts,) = await load(self._parts.log, run.stream, after=run.start_seq)
         if slot.cancel is not None:
             facts.apply(slot.cancel)
         await finish(self._parts, run, facts, Finish("failed", "error", code, message))
@@ -326,8 +340,11 @@ class Engine:
         try:
             profile_now = self._profiles.get(run.profile_id)
         except GatewayError as error:
-            message = f"The run cannot go on. {error.message}"
-            raise _CannotGoOn("profile_gone", message) from error
+            if not self._profiles.is_broken(run.profile_id):
+                message = f"The run cannot go on. {error.message}"
+                raise _CannotGoOn("profile_gone", message) from error
+            # Somebody is at it: until it can be read again, what the run started with holds.
+            profile_now = profile
         try:
             return profile, profile_now, self._parts.catalogue.resolve(run.model)
         except GatewayError as error:
@@ -336,7 +353,8 @@ class Engine:
 
     async def _run(self, run_id: str) -> Run:
         run = await self._parts.log.run(run_id)
-        assert run is not None, run_id
+        if run is None:
+            raise GatewayError("run_not_found", f"There is no run {run_id!r}.")
         return run
 
     # -- stopping
@@ -345,8 +363,6 @@ class Engine:
         self, run_id: str, requested_by: str
     ) -> tuple[Run, Literal["requested", "already_requested", "already_terminal"]]:
         """Ask a run to stop; return it and what the request did. Raises GatewayError."""
-        if await self._parts.log.run(run_id) is None:
-            raise GatewayError("run_not_found", f"There is no run {run_id!r}.")
         event = RunCancel(run_id=run_id, requested_by=requested_by)
         run = await self._run(run_id)
         commit = self._parts.log.append(Append(run.stream, Cancels(run_id), [event]))
@@ -362,44 +378,44 @@ class Engine:
         except Refused:
             run = await self._run(run_id)
             return run, "already_terminal" if run.terminal else "already_requested"
+        else:
+            self._go(run_id)
         finally:
             self._cancelling.pop(run_id, None)
-        run = await self._run(run_id)
-        if not run.terminal:
-            for asked in await self._parts.log.pending(run_id=run_id):
-                self.approvals.forget(asked.request_id)
-            self._go(run)
-        return run, "requested"
+        return await self._run(run_id), "requested"
 
     async def delete_thread(self, thread_id: str, by: str) -> list[str]:
         """Delete a thread, its active run first; return the threads that were forked from it.
 
         Raises GatewayError `run_in_progress` when the run does not end in time.
         """
-        try:
-            async with asyncio.timeout(DELETE_S):
-                while True:
-                    self._recent.forget(thread_id)
-                    try:
-                        return await self._parts.log.delete(thread_id, by)
-                    except Refused as refused:
-                        assert isinstance(refused.winner, Run)
-                        await self.cancel(refused.winner.id, by)
-                        if (slot := self._slots.get(refused.winner.id)) is not None:
-                            await asyncio.wait({slot.task})
-        except TimeoutError:
-            raise GatewayError(
-                "run_in_progress",
-                "The thread's run was cancelled and has not ended yet; try again.",
-            ) from None
+        give_up_s = asyncio.get_running_loop().time() + DELETE_S
+        while True:
+            self._recent.forget(thread_id)
+            try:
+                return await self._parts.log.delete(thread_id, by)
+            except Refused as refused:
+                if not isinstance(refused.winner, Run):
+                    raise deleted(thread_id) from None
+                active = refused.winner
+            left_s = give_up_s - asyncio.get_running_loop().time()
+            if left_s <= 0:
+                raise GatewayError(
+                    "run_in_progress",
+                    "The thread's run was cancelled and has not ended yet; try again.",
+                )
+            with contextlib.suppress(GatewayError):  # Deleted meanwhile.
+                await self.cancel(active.id, by)
+            slot = self._slots.get(active.id)
+            await asyncio.wait({slot.task}, timeout=left_s) if slot else await asyncio.sleep(0.05)
 
     # -- after a restart
 
     async def recover(self) -> int:
         """Pick up every run that has not ended; return how many there were.
 
-        After two deaths in a row runs go on one at a time: the one that kills the process is then
-        the only one that is charged, and its neighbours get to their ends.
+        After two deaths of one run they all go on one at a time: the one that kills the process is
+        then the only one that is charged, and its neighbours get to their ends.
         """
         await self._parts.log.charge()
         unfinished = await self._parts.log.unfinished()
@@ -413,17 +429,23 @@ class Engine:
             task.add_done_callback(self._tasks.discard)
         else:
             for run in under_way:
-                self._go(await self._parts.log.take_over(run.id), restarted=True)
+                await self._parts.log.take_over(run.id)
+                self._go(run.id, restarted=True)
         return len(unfinished)
 
     async def _one_at_a_time(self, runs: Sequence[Run]) -> None:
         for waiting in sorted(runs, key=lambda run: run.deaths):
-            run = await self._run(waiting.id)
-            if run.terminal or run.id in self._slots or self._stopping:
+            run = await self._parts.log.run(waiting.id)
+            if run is None or run.terminal or run.id in self._slots or self._stopping:
                 continue
-            self._go(await self._parts.log.take_over(run.id), restarted=True)
+            await self._parts.log.take_over(run.id)
+            self._go(run.id, restarted=True)
             if (slot := self._slots.get(run.id)) is not None:
                 await asyncio.wait({slot.task})
+
+    def forget_conversations(self) -> None:
+        """Read every conversation from the log again: some of it was removed there."""
+        self._recent.clear()
 
     def refuse(self) -> None:
         """Take no more work: the gateway is leaving."""

@@ -8,7 +8,7 @@ docs/profiles.md describes every field; a test holds it complete.
 import difflib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
@@ -125,8 +125,10 @@ class Broken:
 class Profiles:
     """The profiles in a folder, always as they are on disk now."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, tools: Collection[str] | None = None) -> None:
+        """`tools` are the names that a profile may allow and deny; None does not look at them."""
         self._folder = folder
+        self._tools = tools
         self._read: dict[Path, tuple[list[bytes], Profile | Broken]] = {}
 
     def all(self) -> list[Profile]:
@@ -147,6 +149,27 @@ class Profiles:
             for name in sorted({name for name in names if names.count(name) > 1})
         ]
         return wrong
+
+    def is_broken(self, name: str) -> bool:
+        """Whether the profile's folder is there and its files are wrong, half saved perhaps."""
+        return any(item.folder == name for item in self.broken())
+
+    def _check(self, folder: Path, item: Profile | Broken) -> Profile | Broken:
+        """Return the profile unless it names a tool that there is not.
+
+        A misspelt name in `deny` would leave on what was to be taken away.
+        """
+        if isinstance(item, Broken) or self._tools is None:
+            return item
+        for field in ("allow", "deny"):
+            for name in getattr(item.tools, field):
+                if name not in self._tools:
+                    near = difflib.get_close_matches(name, self._tools, n=1)
+                    known = ", ".join(sorted(self._tools))
+                    hint = f"did you mean {near[0]!r}?" if near else f"there are: {known}."
+                    message = f"The field 'tools.{field}' names no tool with {name!r}; {hint}"
+                    return Broken(folder.name, message)
+        return item
 
     def get(self, name: str) -> Profile:
         """Return the profile of this name.
@@ -180,7 +203,7 @@ class Profiles:
             try:
                 found = [file for name in AGENT_FILES if (file := folder / name).is_file()]
                 if found:
-                    yield self._load_one(folder, found[0])
+                    yield self._check(folder, self._load_one(folder, found[0]))
             except OSError as error:
                 yield Broken(
                     folder.name, f"A file of {folder.name} cannot be read: {error.strerror}."

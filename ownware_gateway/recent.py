@@ -1,7 +1,7 @@
 """The conversations that were used last, so that the next run need not read them again.
 
-Nothing here is needed to be right: what is not kept is read from the log, and only what can no
-longer change is kept.
+Nothing here is needed to be right: what is not kept is read from the log. Only runs that have ended
+are kept, and they are let go when a thread is deleted or the log is pruned.
 """
 
 from collections import OrderedDict
@@ -46,6 +46,11 @@ class Recent:
         """Let go of a thread that is being deleted."""
         for stream in [stream for stream in self._kept if stream.thread_id == thread_id]:
             self._take(stream)
+
+    def clear(self) -> None:
+        """Let go of everything."""
+        self._kept.clear()
+        self._runs = 0
 
     def _take(self, stream: Stream) -> tuple[int, list[RunFacts]]:
         through, known = self._kept.pop(stream, (0, []))

@@ -175,14 +175,16 @@ def _next_for_calls(turn: Turn, judge: Callable[[Call], Verdict]) -> Step | None
 def _next_for_call(
     call: Call, judge: Callable[[Call], Verdict]
 ) -> Refuse | Wait | Question | Literal["granted", "free"]:
-    if call.response is not None and not call.executing:
-        return "granted" if call.response.granted else Refuse(call, _denial(call.response))
-    if call.request is not None and not call.executing:
+    if call.response is not None and not call.executing and not call.response.granted:
+        return Refuse(call, _denial(call.response))
+    if call.request is not None and call.response is None and not call.executing:
         return Wait(call.request.request_id)
     # A call that was executing was cut off by a restart: `judge` says whether it may run again.
     verdict = judge(call)
     if verdict.decision == "deny":
         return Refuse(call, verdict.reason)
+    if call.response is not None and not call.executing:
+        return "granted"
     return "free" if verdict.decision == "run" else Question(call, verdict.reason)
 
 

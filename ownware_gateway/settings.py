@@ -122,7 +122,8 @@ def load(
     values: dict[str, Any] = {}
     for item in fields(Settings):
         text = environ.get(variable(item.name))
-        if text is not None:
+        # Set to nothing is not set: an empty host, say, would be every address there is.
+        if text is not None and text.strip():
             values[item.name] = _parse(variable(item.name), item.default, text.strip())
     values |= {
         name: tuple(value) if isinstance(value, list) else value

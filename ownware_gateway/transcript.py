@@ -246,7 +246,7 @@ def _apply_to_call(turn: Turn, event: Event) -> None:
 def _object(text: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
 

@@ -75,7 +75,7 @@ async def test_all_is_well_with_what_a_gateway_leaves_and_looking_changes_nothin
         "a token",
         "MiB of disk",
         "The log is whole",
-        "0 runs have not ended",
+        "Runs that have not ended: 0.",
         "assistant",
     ):
         assert word in out
@@ -186,7 +186,7 @@ async def test_runs_that_have_not_ended_are_counted(data: Path, profiles: Path) 
     log.append(starts("run_new"))
     await log.close()
     text = one(look(data, profiles), "have not ended")
-    assert text.startswith("3 runs have not ended, 2 of them wait")
+    assert text == "Runs that have not ended: 3. Of them wait for a person: 2."
 
 
 async def test_it_looks_while_a_gateway_is_at_work(
@@ -205,4 +205,4 @@ async def test_it_looks_while_a_gateway_is_at_work(
     texts = [item.text for item in found]
     assert str(os.getpid()) in one(texts, "A gateway (process")
     assert up.url in one(texts, "A gateway (process")
-    assert one(texts, "have not ended").startswith("1 runs have not ended, 1 of them")
+    assert one(texts, "have not ended").startswith("Runs that have not ended: 1.")

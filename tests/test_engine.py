@@ -378,8 +378,8 @@ async def test_a_denial_is_a_result_that_the_model_sees(
     await resume(http, up, run, "deny")
     said = await run_events(http, up.url, run["runId"])
     end = only(said, "tool.call.end")
-    assert (end["isError"], end["result"]) == (True, "Denied: a person denied it")
-    assert said_to(provider, 1)[-1] == ("tool", "Error: Denied: a person denied it")
+    assert (end["isError"], end["result"]) == (True, "Denied: the answer was no")
+    assert said_to(provider, 1)[-1] == ("tool", "Error: Denied: the answer was no")
     assert only(said, "session.end")["status"] == "succeeded"
     assert not (up.workspace / "a.txt").exists()
 

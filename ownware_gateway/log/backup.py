@@ -98,7 +98,7 @@ def check(database: Path) -> None:
         )
     if damage != ["ok"] or lost is not None:
         said = "; ".join(damage) if damage != ["ok"] else "rows refer to rows that are missing"
-        raise BootError(f"{database} is damaged: {said}. Restore a backup.")
+        raise BootError(f"{database} is damaged: {said}.")
 
 
 def count_unfinished(database: Path) -> tuple[int, int]:

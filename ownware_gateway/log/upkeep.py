@@ -11,7 +11,7 @@ from itertools import groupby, pairwise
 from typing import Final, Literal
 
 from ownware_gateway.events import DELTAS, Event, StreamGap
-from ownware_gateway.log import ROOT, Record, Refused, Retention, Stream
+from ownware_gateway.log import ROOT, Record, Refused, Retention, Stream, Tombstone
 from ownware_gateway.log.appends import INBOX_STREAM
 from ownware_gateway.log.group import GroupConnection, numbered
 
@@ -60,6 +60,8 @@ def adopt(
 
 def delete(connection: GroupConnection, now: int, thread_id: str, by: str) -> list[str]:
     """Remove a thread; return the threads forked from it. Refused while a run is under way."""
+    if (row := connection.one("tombstone", thread_id)) is not None:
+        raise Refused(Tombstone(*row))
     streams = connection.all("thread_streams", thread_id)
     for _, agent_id, _ in streams:
         if (active := connection.active_run(Stream(thread_id, agent_id))) is not None:

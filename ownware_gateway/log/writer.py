@@ -213,6 +213,9 @@ class Writer:
         try:
             while self._pending:
                 await self._flush_group()
+            # Nothing more may come for hours: an older file must be noticed then, too.
+            self._marked_s = 0.0
+            self._mark()
         finally:
             self._flush = None
 

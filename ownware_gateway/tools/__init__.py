@@ -81,12 +81,19 @@ def parse_arguments(tool: Tool, text: str) -> dict[str, Any]:
 
     try:
         arguments = json.loads(text or "{}")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ToolFailed(f"The arguments of {tool.name} are not JSON: {error}.") from None
     validator = jsonschema.Draft202012Validator(tool.input_schema)
     problems = sorted(validator.iter_errors(arguments), key=lambda problem: list(problem.path))
     if problems:
-        said = "; ".join(f"{item.json_path}: {item.message}" for item in problems[:5])
+        said = "; ".join(f"{item.json_path}: {_said(item)}" for item in problems[:5])
         raise ToolFailed(f"The arguments of {tool.name} do not fit: {said[:1000]}.")
     assert isinstance(arguments, dict), tool.input_schema
     return arguments
+
+
+def _said(problem: Any) -> str:
+    """Return what is wrong without the value, which may be a secret."""
+    if problem.validator in ("required", "additionalProperties"):
+        return str(problem.message)
+    return f"it must fit {problem.validator}: {json.dumps(problem.validator_value)}"

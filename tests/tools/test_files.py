@@ -203,7 +203,7 @@ async def test_an_edit_that_could_be_meant_twice_changes_nothing_and_says_where(
     [
         ("a  = 1", "b", "other spaces, tabs or line breaks"),
         ("missing", "b", "read_file shows"),
-        ("", "b", "should be non-empty"),
+        ("", "b", "must fit minLength: 1"),
         ("a = 1", "a = 1", "are the same"),
     ],
 )

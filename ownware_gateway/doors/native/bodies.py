@@ -8,6 +8,7 @@ import re
 from typing import Any, Final, Literal, TypeVar
 
 from aiohttp import web
+from aiohttp.http_exceptions import ContentEncodingError
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.alias_generators import to_camel
 
@@ -111,7 +112,12 @@ def idempotency_key(request: web.Request, body: RunBody) -> IdempotencyKey | Non
 
 async def read_bytes(request: web.Request) -> bytes:
     """Return the request's body as it is; raises GatewayError when there is none."""
-    data = await request.read()
+    try:
+        data = await request.read()
+    except (web.RequestPayloadError, ContentEncodingError):
+        raise GatewayError(
+            "invalid_request", "The body cannot be read: it is not what its headers say."
+        ) from None
     if not data.strip():
         raise GatewayError("invalid_request", "The request has no body.")
     return data
