@@ -214,10 +214,18 @@ def _apply_to_turn(run: RunFacts, turn: Turn, event: Event, seq: int) -> None:
         case Recovery():
             if event.reason != "restart":
                 turn.retries = event.attempt
-            for earlier in run.turns:
-                earlier.superseded |= earlier.index == event.supersedes
+            if event.supersedes is not None:
+                _supersede(run, event.supersedes)
         case _:
             _apply_to_call(turn, event)
+
+
+def _supersede(run: RunFacts, index: int) -> None:
+    # From the end: it is one of the last, and a run may have very many.
+    for turn in reversed(run.turns):
+        if turn.index == index:
+            turn.superseded = True
+            return
 
 
 def _apply_to_call(turn: Turn, event: Event) -> None:

@@ -28,6 +28,7 @@ from ownware_gateway.log import (
     KeptStart,
     Record,
     Refused,
+    Run,
     Starts,
     Stream,
     Tombstone,
@@ -167,7 +168,7 @@ def find_start(connection: GroupConnection, key: IdempotencyKey) -> KeptStart | 
     return None if row is None else kept_start_of(row, connection.find_run(row[1]))
 
 
-def kept_start_of(row: Sequence[Any], run: Any) -> KeptStart:
+def kept_start_of(row: Sequence[Any], run: Run | None) -> KeptStart:
     """Return the start in a row of `kept_start`."""
     fallback = Fallback.model_validate_json(row[2]) if row[2] is not None else None
     return KeptStart(row[0], row[1], run, fallback)
