@@ -14,6 +14,13 @@ from ownware_gateway.log.statements import statements
 
 _SQL: Final = statements()
 
+#: What finds one row; the writer asks inside its transaction, the readers outside of it.
+RUN_BY_ID: Final = _SQL["run_columns"] + " WHERE runs.id = ?"
+ACTIVE_RUN: Final = (
+    _SQL["run_columns"] + " WHERE threads.id = ? AND runs.agent_id = ? AND runs.terminal_at IS NULL"
+)
+PERMISSION_BY_ID: Final = _SQL["permission_columns"] + " WHERE permissions.request_id = ?"
+
 Result = TypeVar("Result")
 
 
@@ -120,23 +127,20 @@ class GroupConnection(sqlite3.Connection):
 
     def find_run(self, run_id: str) -> Run | None:
         """Return the run as this transaction sees it."""
-        row = self.execute(_SQL["run_columns"] + " WHERE runs.id = ?", (run_id,)).fetchone()
+        row = self.execute(RUN_BY_ID, (run_id,)).fetchone()
         return None if row is None else run_of(row)
 
     def active_run(self, stream: Stream) -> Run | None:
         """Return the stream's unfinished run as this transaction sees it."""
         row = self.execute(
-            _SQL["run_columns"]
-            + " WHERE threads.id = ? AND runs.agent_id = ? AND runs.terminal_at IS NULL",
+            ACTIVE_RUN,
             (stream.thread_id, stream.agent_id),
         ).fetchone()
         return None if row is None else run_of(row)
 
     def find_permission(self, request_id: str) -> Permission | None:
         """Return the question as this transaction sees it."""
-        row = self.execute(
-            _SQL["permission_columns"] + " WHERE permissions.request_id = ?", (request_id,)
-        ).fetchone()
+        row = self.execute(PERMISSION_BY_ID, (request_id,)).fetchone()
         return None if row is None else permission_of(row)
 
     def find_stream(self, stream: Stream) -> tuple[int, int]:

@@ -39,6 +39,9 @@ from ownware_gateway.log import (
 )
 from ownware_gateway.log.appends import INBOX_STREAM, Appending, kept_start_of
 from ownware_gateway.log.group import (
+    ACTIVE_RUN,
+    PERMISSION_BY_ID,
+    RUN_BY_ID,
     GroupConnection,
     TakenOver,
     Work,
@@ -336,13 +339,12 @@ class SqliteLog:
 
     async def run(self, run_id: str) -> Run | None:
         """Return a run."""
-        rows = await self._rows(_SQL["run_columns"] + " WHERE runs.id = ?", (run_id,))
+        rows = await self._rows(RUN_BY_ID, (run_id,))
         return run_of(rows[0]) if rows else None
 
     async def active_run(self, stream: Stream) -> Run | None:
         """Return the unfinished run of a stream."""
-        where = " WHERE threads.id = ? AND runs.agent_id = ? AND runs.terminal_at IS NULL"
-        rows = await self._rows(_SQL["run_columns"] + where, (stream.thread_id, stream.agent_id))
+        rows = await self._rows(ACTIVE_RUN, (stream.thread_id, stream.agent_id))
         return run_of(rows[0]) if rows else None
 
     async def runs(self, query: RunQuery) -> list[tuple[int, Run]]:
@@ -396,8 +398,7 @@ class SqliteLog:
 
     async def permission(self, request_id: str) -> Permission | None:
         """Return a question to a person."""
-        where = " WHERE permissions.request_id = ?"
-        rows = await self._rows(_SQL["permission_columns"] + where, (request_id,))
+        rows = await self._rows(PERMISSION_BY_ID, (request_id,))
         return permission_of(rows[0]) if rows else None
 
     async def pending(self, *, run_id: str | None = None) -> list[Permission]:
