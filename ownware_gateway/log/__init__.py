@@ -11,7 +11,7 @@ This is the contract; whoever keeps the log implements all of it and nothing mor
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Final, Literal, Protocol
+from typing import Final, Literal, NamedTuple, Protocol
 
 from ownware_gateway.events import (
     AnyEvent,
@@ -41,9 +41,11 @@ class Stream:
     agent_id: str = ROOT
 
 
-@dataclass(frozen=True, slots=True)
-class Record:
-    """One stored event; `payload` is its JSON exactly as it goes on the wire, `seq` included."""
+class Record(NamedTuple):
+    """One stored event; `payload` is its JSON exactly as it goes on the wire, `seq` included.
+
+    A tuple, as the database gives it: a replay makes no object for each event.
+    """
 
     seq: int
     type: str
@@ -185,12 +187,13 @@ class KeptStart:
 class Starts:
     """Guard: the stream has no unfinished run, the thread was never deleted, the key is new.
 
-    The append makes the run's row.
+    The append makes the run's row, and the thread's unless it `goes_on`: then it must exist.
     """
 
     run: NewRun
     key: IdempotencyKey | None = None
     fallback: Fallback | None = None
+    goes_on: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,13 +236,17 @@ class Private:
 
 @dataclass(frozen=True, slots=True)
 class Append:
-    """Events to be stored together or not at all; `active_ms` updates the driven run's row."""
+    """Events to be stored together or not at all; `active_ms` updates the driven run's row.
+
+    Deltas may wait a moment for others to share their commit, unless they are to go `at_once`.
+    """
 
     stream: Stream
     guard: Guard
     events: Sequence[Event]
     private: Sequence[Private] = ()
     active_ms: int | None = field(default=None, kw_only=True)
+    at_once: bool = field(default=False, kw_only=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -281,6 +288,10 @@ class Log(Protocol):
 
     def append(self, append: Append) -> Commit:
         """Take events to be committed with the next group, in the order of the calls."""
+        ...
+
+    async def begin(self, append: Append) -> Run:
+        """Append what a run starts with; return the run as it is then. Raises Refused."""
         ...
 
     async def take_over(self, run_id: str) -> Run:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 from ownware_gateway.events import (
+    DELTAS,
     Event,
     Fallback,
     PermissionRequest,
@@ -24,6 +25,7 @@ from ownware_gateway.log import (
     Cancels,
     Decides,
     Drives,
+    Guard,
     IdempotencyKey,
     KeptStart,
     Record,
@@ -42,15 +44,25 @@ INBOX_STREAM: Final = Stream(INBOX)
 
 
 class Appending:
-    """An append on its way."""
+    """An append on its way. Its events are encoded at once, and then let go: most are deltas."""
 
     def __init__(self, append: Append) -> None:
-        self._append = append
+        self._stream = append.stream
+        self._guard = append.guard
+        self._private = append.private
+        self._active_ms = append.active_ms
         self._types = [event.type for event in append.events]
         self._payloads = [event.encode() for event in append.events]
+        #: Those that rows are about, by their place.
+        self._facts = [
+            (place, event) for place, event in enumerate(append.events) if event.type not in DELTAS
+        ]
         self.size_bytes = sum(map(len, self._payloads))
+        self.patient = not self._facts and not append.at_once
         self.failure: Exception | None = None
         self.appended: list[tuple[Stream, list[Record]]] = []
+        #: The run that it started, if it did.
+        self.started: Run | None = None
 
     @property
     def first_seq(self) -> int:
@@ -59,20 +71,21 @@ class Appending:
 
     def perform(self, connection: GroupConnection, now: int) -> None:
         """Store the events if the guard holds; raises Refused if not."""
-        append = self._append
-        run_id = _enter(connection, append, now)
-        key, head = connection.find_stream(append.stream)
+        run_id, key, head = _enter(connection, self._stream, self._guard, now)
         records = numbered(head, self._types, self._payloads)
         connection.store(key, records)
-        self.appended.append((append.stream, records))
+        self.appended.append((self._stream, records))
         last = records[-1].seq
-        for fact in append.private:
+        for fact in self._private:
             connection.run("add_private", key, last, f"{fact.kind}.{fact.index:02d}", fact.body)
-        if append.active_ms is not None:
-            connection.run("run_active_ms", append.active_ms, run_id)
-        for record, event in zip(records, append.events, strict=True):
-            _change_rows(connection, event, {"run_id": run_id, "seq": record.seq, "now": now})
+        if self._active_ms is not None:
+            connection.run("run_active_ms", self._active_ms, run_id)
+        for place, event in self._facts:
+            row = {"run_id": run_id, "seq": records[place].seq, "now": now}
+            _change_rows(connection, event, row)
         self._tell_inbox(connection, run_id)
+        if isinstance(self._guard, Starts):
+            self.started = connection.find_run(run_id)
 
     def _tell_inbox(self, connection: GroupConnection, run_id: str) -> None:
         """Copy what people are asked, and their answers, to the stream over all threads."""
@@ -83,10 +96,8 @@ class Appending:
         ]
         if not asked:
             return
-        stream = self._append.stream
-        where = json.dumps(
-            {"threadId": stream.thread_id, "agentId": stream.agent_id, "runId": run_id}
-        ).encode()
+        names = {"threadId": self._stream.thread_id, "agentId": self._stream.agent_id}
+        where = json.dumps({**names, "runId": run_id}).encode()
         bodies = [b"%b,%b" % (body[:-1], where[1:]) for _, body in asked]
         key, head = connection.find_stream(INBOX_STREAM)
         records = numbered(head, [kind for kind, _ in asked], bodies)
@@ -94,17 +105,28 @@ class Appending:
         self.appended.append((INBOX_STREAM, records))
 
 
-def _enter(connection: GroupConnection, append: Append, now: int) -> str:
-    """Check the guard; return the id of the run that the append is about."""
-    match append.guard:
+def _enter(
+    connection: GroupConnection, stream: Stream, guard: Guard, now: int
+) -> tuple[str, int, int]:
+    """Check the guard; return the run that the append is about, and its stream's key and head."""
+    if isinstance(guard, Drives):
+        # In one look, for this is what nearly all appends are.
+        row = connection.one("fence", guard.run_id)
+        if row is None or row[1] or row[0] != guard.generation:
+            raise Refused(connection.find_run(guard.run_id))
+        return guard.run_id, row[2], row[3]
+    run_id = _admit(connection, stream, guard, now)
+    return run_id, *connection.find_stream(stream)
+
+
+def _admit(
+    connection: GroupConnection, stream: Stream, guard: Starts | Decides | Cancels, now: int
+) -> str:
+    """Check the guard of what comes from outside; return the run that it is about."""
+    match guard:
         case Starts():
-            _start(connection, append.stream, append.guard, now)
-            return append.guard.run.id
-        case Drives(run_id, generation):
-            row = connection.one("fence", run_id)
-            if row is None or row[1] or row[0] != generation:
-                raise Refused(connection.find_run(run_id))
-            return run_id
+            _start(connection, stream, guard, now)
+            return guard.run.id
         case Decides(request_id, late):
             asked = connection.find_permission(request_id)
             if asked is None or asked.granted is not None:
@@ -131,6 +153,8 @@ def _start(connection: GroupConnection, stream: Stream, guard: Starts, now: int)
         raise Refused(Tombstone(*row))
     if (active := connection.active_run(stream)) is not None:
         raise Refused(active)
+    if guard.goes_on and connection.one("thread_exists", stream.thread_id) is None:
+        raise Refused(None)
     run = guard.run
     connection.run(
         "add_thread",

@@ -1,7 +1,8 @@
 """The group transaction: much work, one commit, all of it on the writer's thread.
 
-Every piece of work stands under a savepoint of its own, so one that is refused undoes nothing of
-the others.
+Work that is refused has changed nothing: guards are checked first. Should a piece of work fail in
+any other way, the group is done again with each piece under a savepoint of its own, so that the
+one undoes nothing of the others.
 """
 
 import sqlite3
@@ -9,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final, Generic, Protocol, TypeVar
 
 from ownware_gateway.events import Usage
-from ownware_gateway.log import Permission, Record, Run, Stream
+from ownware_gateway.log import Permission, Record, Refused, Run, Stream
 from ownware_gateway.log.statements import statements
 
 _SQL: Final = statements()
@@ -28,12 +29,17 @@ class Work(Protocol):
     """Something to be done in the group's transaction."""
 
     size_bytes: int
+    #: Whether it may wait a moment for company, as long as nobody waits for it.
+    patient: bool
     failure: Exception | None
     #: What was appended to which stream, for those who follow it.
     appended: list[tuple[Stream, list[Record]]]
 
     def perform(self, connection: "GroupConnection", now: int) -> None:
-        """Do it. A failed group is tried again, so this may be called more than once."""
+        """Do it, or raise Refused before anything is changed.
+
+        A failed group is tried again, so this may be called more than once.
+        """
         ...
 
 
@@ -41,6 +47,7 @@ class Chore(Generic[Result]):
     """Work that is no append: a function of the connection and the clock."""
 
     size_bytes = 0
+    patient = False
 
     def __init__(self, do: "Callable[[GroupConnection, int], Result]") -> None:
         self._do = do
@@ -55,6 +62,10 @@ class Chore(Generic[Result]):
 
 class TakenOver(sqlite3.OperationalError):
     """Another gateway has opened the log; this one writes nothing more, and trying is no use."""
+
+
+class _Unexpected(Exception):
+    """A piece of work has failed, and may have changed something before."""
 
 
 class GroupConnection(sqlite3.Connection):
@@ -78,40 +89,51 @@ class GroupConnection(sqlite3.Connection):
         if sql:
             return super().executemany(sql, parameters)
         group: Sequence[Work] = parameters
+        try:
+            return self._commit(group, apart=False)
+        except _Unexpected:
+            return self._commit(group, apart=True)
+
+    def _commit(self, group: Sequence[Work], *, apart: bool) -> sqlite3.Cursor:
         cursor = self.execute("BEGIN IMMEDIATE")
         try:
-            if self.owner is not None and self.one("owner") != (self.owner,):
+            counted = self.all("count_commit", owner=self.owner)
+            if not counted:
                 raise TakenOver("another gateway has opened it since")
             now = self.now_ms()
             for work in group:
-                self._one(work, now)
+                self._perform(work, now, apart=apart)
             if all(work.failure is not None for work in group):
                 # Nothing was done, so there is nothing to wait for the disk for.
                 self.rollback()
                 return cursor
-            cursor.execute(_SQL["count_commit"])
-            (commits,) = cursor.execute(_SQL["commits"]).fetchone()
             cursor.execute("COMMIT")
         except BaseException:
             if self.in_transaction:
                 self.rollback()
             raise
-        self.commits = commits
+        ((self.commits,),) = counted
         return cursor
 
-    def _one(self, work: Work, now: int) -> None:
+    def _perform(self, work: Work, now: int, *, apart: bool) -> None:
         work.failure = None
         work.appended = []
-        self.execute("SAVEPOINT one")
+        if apart:
+            self.execute("SAVEPOINT one")
         try:
             work.perform(self, now)
+        except Refused as refused:
+            work.failure = refused
         except Exception as failure:
             if is_of_the_database(failure):
                 raise
+            if not apart:
+                raise _Unexpected from failure
             self.execute("ROLLBACK TO one")
             work.failure = failure
             work.appended = []
-        self.execute("RELEASE one")
+        if apart:
+            self.execute("RELEASE one")
 
     def one(self, name: str, *values: Any) -> Any:
         """Return the first row of a named statement, or None."""

@@ -21,6 +21,7 @@ from ownware_gateway.errors import BootError
 from ownware_gateway.events import Event
 from ownware_gateway.log import (
     CHUNK_BYTES_MAX,
+    ROOT,
     Append,
     Chunk,
     Gone,
@@ -49,21 +50,27 @@ from ownware_gateway.log.group import (
     permission_of,
     run_of,
 )
-from ownware_gateway.log.statements import ACTIVE, statements
-from ownware_gateway.log.tail import Tails, join_frames
+from ownware_gateway.log.statements import statements
+from ownware_gateway.log.tail import REST_S, Tail, Tails, give_up, join_frames
 from ownware_gateway.log.upkeep import adopt, delete, fork, prune
-from ownware_gateway.log.writer import RETRY_S, Commit, Writer
+from ownware_gateway.log.writer import CACHE_KIB, RETRY_S, Commit, Writer
 
 #: Connections that read; each is a thread, and two cores can use two.
 READERS: Final = 2
 
-#: A page of events; about what fits into one chunk.
-PAGE_ROWS_MAX: Final = 300
+#: A page of events; deltas are small, and about so many fit into one chunk.
+PAGE_ROWS_MAX: Final = 500
 
 #: A read is tried so often before whoever asked is told that it fails.
 READ_TRIES: Final = 5
 
 _SQL: Final = statements()
+
+#: Named, for the planner goes over every run there ever was to have them in the order of the table.
+_UNFINISHED_COLUMNS: Final = _SQL["run_columns"].replace(
+    "FROM runs", "FROM runs INDEXED BY one_run_at_a_time"
+)
+
 _log: Final = logging.getLogger(__name__)
 
 
@@ -131,16 +138,26 @@ class SqliteLog:
                 self._path, factory=ReadConnection, isolation_level=None
             )
             self._readers.append(reader)
-            await reader.execute("PRAGMA query_only=ON")
-            await reader.execute("PRAGMA wal_autocheckpoint=0")
+            for pragma in ("query_only=ON", "wal_autocheckpoint=0", f"cache_size={CACHE_KIB}"):
+                await reader.execute(f"PRAGMA {pragma}")
 
     def _publish(self, work: Work) -> None:
         for stream, records in work.appended:
-            self._tails.add(stream, self._epoch(stream), records)
+            tail = self._tail(stream)
+            self._tails.add(stream, tail.epoch, records)
+            if tail.resting:
+                asyncio.get_running_loop().call_later(REST_S, self._tails.rest, stream)
 
     def append(self, append: Append) -> Commit:
         """Take events to be committed with the next group, in the order of the calls."""
         return self._writer.take(Appending(append))
+
+    async def begin(self, append: Append) -> Run:
+        """Append what a run starts with; return the run as it is then."""
+        work = Appending(append)
+        await self._writer.take(work).wait()
+        assert work.started is not None, append.guard
+        return work.started
 
     async def take_over(self, run_id: str) -> Run:
         """Raise the run's generation, so that whoever drove it can write nothing more."""
@@ -173,9 +190,14 @@ class SqliteLog:
         return kept_start_of(rows[0], await self.run(rows[0][1])) if rows else None
 
     async def make_thread(self, thread_id: str, *, title: str, profile_id: str | None) -> Thread:
-        """Make an empty thread."""
+        """Make an empty thread, whose root stream can be followed already."""
         row = {"id": thread_id, "title": title, "profile_id": profile_id, "model": None}
-        await self._writer.do(lambda db, now: db.run("add_thread", **row, now=now))
+
+        def do(connection: GroupConnection, now: int) -> None:
+            connection.run("add_thread", **row, now=now)
+            connection.run("add_stream", ROOT, thread_id)
+
+        await self._writer.do(do)
         return await self._made(thread_id)
 
     async def rename(self, thread_id: str, title: str) -> None:
@@ -226,6 +248,9 @@ class SqliteLog:
             self._tails.clear()
         return gone
 
+    def _tail(self, stream: Stream) -> Tail:
+        return self._tails.get(stream) or self._tails.open(stream, self._epoch(stream))
+
     def _epoch(self, stream: Stream) -> str:
         """Return the stream's name in this log: short, and another one in any other log."""
         text = f"{self._log_id}\0{stream.thread_id}\0{stream.agent_id}"
@@ -266,7 +291,7 @@ class SqliteLog:
             rows = await self._rows(sql, (key, after, min(limit - len(records), PAGE_ROWS_MAX)))
             if not rows:
                 break
-            records += [Record(*row) for row in rows]
+            records += map(Record._make, rows)
             after = records[-1].seq
         return records
 
@@ -292,13 +317,13 @@ class SqliteLog:
         tail = self._tails.get(stream)
         if tail is not None and tail.holds(after):
             return tail.chunk(after)
-        key = await self._stream_key(stream)
-        if key is None:
+        place = (stream.thread_id, stream.agent_id, after, PAGE_ROWS_MAX)
+        rows = await self._rows(_SQL["chunk"], place)
+        if rows:
+            return join_frames(self._epoch(stream), rows)
+        if await self._stream_key(stream) is None:
             raise Gone
-        rows = await self._rows(_SQL["records"], (key, after, PAGE_ROWS_MAX))
-        if not rows:
-            return None
-        return join_frames(self._epoch(stream), [Record(*row) for row in rows])
+        return None
 
     async def gap(self, stream: Stream, after: int) -> int | None:
         """Return the end of the gap that a cursor is inside of; None when it is in none."""
@@ -311,10 +336,13 @@ class SqliteLog:
 
     async def wait(self, stream: Stream, after: int, timeout_s: float) -> bool:
         """Return True once there may be events above `after`; False when the time is over."""
-        tail = self._tails.open(stream, self._epoch(stream))
-        waiter = asyncio.get_running_loop().create_future()
+        tail = self._tail(stream)
+        loop = asyncio.get_running_loop()
+        waiter = loop.create_future()
         # Registered before the head is looked up: a commit in between wakes it.
         tail.waiters.add(waiter)
+        # A timer of the loop's own: a scope for every wait would cost more than all the rest of it.
+        timer = loop.call_later(timeout_s, give_up, waiter)
         try:
             if tail.head is None:
                 head = await self.head(stream)
@@ -322,16 +350,11 @@ class SqliteLog:
                     raise Gone
                 if tail.head is None:
                     tail.head = 0 if head is None else head.last
-            if tail.head > after:
-                return True
-            async with asyncio.timeout(timeout_s):
-                await waiter
-        except TimeoutError:
-            return False
+            return tail.head > after or await waiter
         finally:
+            timer.cancel()
             tail.waiters.discard(waiter)
             self._tails.leave(stream)
-        return True
 
     def wake(self) -> None:
         """End every wait now; for a gateway that is leaving."""
@@ -349,26 +372,29 @@ class SqliteLog:
 
     async def runs(self, query: RunQuery) -> list[tuple[int, Run]]:
         """Return (position, run), newest first."""
+        columns = _SQL["run_columns"]
         where: list[str] = ["1"]
         values: list[str] = []
-        if query.status is not None:
-            names = ACTIVE if query.status == "active" else (query.status,)
-            where.append(f"runs.status IN ({', '.join('?' * len(names))})")
-            values += names
+        if query.status == "active":
+            columns = _UNFINISHED_COLUMNS
+            where.append("runs.terminal_at IS NULL")
+        elif query.status is not None:
+            where.append("runs.status = ?")
+            values.append(query.status)
         if query.thread_id is not None:
             where.append("threads.id = ?")
             values.append(query.thread_id)
         if query.before is not None:
             where.append("runs.key < ?")
             values.append(str(query.before))
-        sql = f"{_SQL['run_columns']} WHERE {' AND '.join(where)} ORDER BY runs.key DESC LIMIT ?"
+        sql = f"{columns} WHERE {' AND '.join(where)} ORDER BY runs.key DESC LIMIT ?"
         rows = await self._rows(sql, (*values, query.limit))
         return [(row[19], run_of(row)) for row in rows]
 
     async def unfinished(self) -> list[Run]:
         """Return every run that has not ended, oldest first."""
-        where = " WHERE runs.terminal_at IS NULL ORDER BY runs.key"
-        return [run_of(row) for row in await self._rows(_SQL["run_columns"] + where)]
+        sql = f"{_UNFINISHED_COLUMNS} WHERE runs.terminal_at IS NULL ORDER BY runs.key"
+        return [run_of(row) for row in await self._rows(sql)]
 
     async def thread(self, thread_id: str) -> Thread | None:
         """Return a thread."""
@@ -404,7 +430,8 @@ class SqliteLog:
     async def pending(self, *, run_id: str | None = None) -> list[Permission]:
         """Return the undecided questions, of one run or of all, oldest first."""
         where = " WHERE permissions.granted IS NULL" + (" AND runs.id = ?" if run_id else "")
-        sql = f"{_SQL['permission_columns']}{where} ORDER BY permissions.key"
+        # Sorted afterwards (+): in the order of the table every question ever asked is gone over.
+        sql = f"{_SQL['permission_columns']}{where} ORDER BY +permissions.key"
         return [permission_of(row) for row in await self._rows(sql, (run_id,) if run_id else ())]
 
     async def healthy(self) -> str | None:

@@ -5,12 +5,7 @@ from functools import cache
 from importlib import resources
 from typing import Final
 
-from ownware_gateway.events import RunStatus
-
 _FOLDER: Final = resources.files("ownware_gateway.log") / "sql"
-
-#: A run in one of these has not ended.
-ACTIVE: Final[tuple[RunStatus, ...]] = ("accepted", "running", "waiting", "cancel_requested")
 
 
 @cache

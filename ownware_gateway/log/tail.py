@@ -18,10 +18,16 @@ TAIL_BYTES_MAX: Final = 1_048_576
 #: How many streams may have a tail at once; the one longest untouched is let go first.
 STREAMS_MAX: Final = 512
 
+#: What all tails together hold at most; the ones longest untouched let go first.
+TAILS_BYTES_MAX: Final = 67_108_864
+
+#: A stream at rest keeps its newest events for so long: those who follow it have read them by then.
+REST_S: Final = 1.0
+
 #: Followers of one stream share at most so many chunks; they are mostly at the same cursor.
 CHUNKS_MAX: Final = 16
 
-#: After one of these a stream may be silent for long, so its tail is kept for followers only.
+#: After one of these a stream may be silent for long.
 _RESTS: Final = frozenset({"session.end", "permission.request"})
 
 #: What a run's last event can be: what was removed may have held its end.
@@ -34,34 +40,42 @@ _RECORD_BYTES: Final = 200
 class Tail:
     """The newest events of one stream, and the futures of those who wait for the next."""
 
+    __slots__ = ("_chunks", "_records", "epoch", "head", "resting", "size_bytes", "waiters")
+
     def __init__(self, epoch: str) -> None:
         self.epoch = epoch
         self.head: int | None = None
         self.resting = True
-        self.waiters: set[asyncio.Future[None]] = set()
-        self._records: list[Record] = []
-        self._bytes = 0
-        self._chunks: dict[int, Chunk] = {}
+        self.waiters: set[asyncio.Future[bool]] = set()
+        self.size_bytes = 0
+        self._records: list[Record] | None = None
+        self._chunks: dict[int, Chunk] | None = None
 
     def add(self, records: Sequence[Record]) -> None:
         """Take events that were just committed and wake everyone who waits."""
-        if self.head is not None and records[0].seq != self.head + 1:
-            self._records, self._bytes = [], 0
+        if self._records is None or (self.head is not None and records[0].seq != self.head + 1):
+            self._records = []
+            self.size_bytes = 0
         self._records += records
-        self._bytes += sum(len(item.payload) + _RECORD_BYTES for item in records)
-        while self._bytes > TAIL_BYTES_MAX:
+        self.size_bytes += _size_bytes(records)
+        while self.size_bytes > TAIL_BYTES_MAX:
             self._records = self._records[len(self._records) // 2 + 1 :]
-            self._bytes = sum(len(item.payload) + _RECORD_BYTES for item in self._records)
+            self.size_bytes = _size_bytes(self._records)
         self.head = records[-1].seq
         self.resting = records[-1].type in _RESTS
-        self._chunks.clear()
+        self._chunks = None
         self.wake()
+
+    def let_go(self) -> None:
+        """Forget the events; they are in the database."""
+        self._records = self._chunks = None
+        self.size_bytes = 0
 
     def wake(self) -> None:
         """End every wait; a wake-up carries no data."""
         for waiter in self.waiters:
             if not waiter.done():
-                waiter.set_result(None)
+                waiter.set_result(True)
 
     def holds(self, after: int) -> bool:
         """Whether all events above a cursor are here."""
@@ -71,20 +85,23 @@ class Tail:
 
     def chunk(self, after: int) -> Chunk | None:
         """Return the frames above a cursor that `holds`; the same chunk to all who ask."""
+        if not self._records or after >= self._records[-1].seq:
+            return None
+        if self._chunks is None or len(self._chunks) >= CHUNKS_MAX:
+            self._chunks = {}
         chunk = self._chunks.get(after)
-        if chunk is None and self._records and after < self._records[-1].seq:
+        if chunk is None:
             start = after + 1 - self._records[0].seq
-            if len(self._chunks) >= CHUNKS_MAX:
-                self._chunks.clear()
             chunk = self._chunks[after] = join_frames(self.epoch, self._records[start:])
         return chunk
 
 
 class Tails:
-    """The tails of all streams in use."""
+    """The tails of all streams in use, the one longest untouched first."""
 
     def __init__(self) -> None:
         self._tails: OrderedDict[Stream, Tail] = OrderedDict()
+        self.size_bytes = 0
 
     def get(self, stream: Stream) -> Tail | None:
         """Return the stream's tail, if it has one."""
@@ -95,31 +112,42 @@ class Tails:
         tail = self._tails.get(stream)
         if tail is None:
             tail = self._tails[stream] = Tail(epoch)
-            self._let_go()
+            self._make_room()
         return tail
 
     def add(self, stream: Stream, epoch: str, records: Sequence[Record]) -> None:
-        """Take committed events; a stream at rest that nobody waits for needs no tail."""
+        """Take committed events."""
         tail = self.open(stream, epoch)
+        self.size_bytes -= tail.size_bytes
         tail.add(records)
+        self.size_bytes += tail.size_bytes
         self._tails.move_to_end(stream)
-        self.leave(stream)
+        if self.size_bytes > TAILS_BYTES_MAX:
+            self._let_oldest_go()
+
+    def rest(self, stream: Stream) -> None:
+        """Let the events of a stream go that is at rest, and its tail if nobody waits."""
+        tail = self._tails.get(stream)
+        if tail is not None and tail.resting:
+            self._let_go(tail)
+            self.leave(stream)
 
     def leave(self, stream: Stream) -> None:
-        """Let the tail go if nobody waits and nothing is coming."""
+        """Let an empty tail go if nobody waits and nothing is coming."""
         tail = self._tails.get(stream)
-        if tail is not None and tail.resting and not tail.waiters:
+        if tail is not None and tail.resting and not tail.waiters and not tail.size_bytes:
             del self._tails[stream]
 
     def drop(self, stream: Stream) -> None:
         """Forget a stream that has been deleted; whoever waits looks again and finds it gone."""
         tail = self._tails.pop(stream, None)
         if tail is not None:
+            self._let_go(tail)
             tail.wake()
 
     def clear(self) -> None:
         """Forget what all tails hold; whoever waits looks again, in the database."""
-        tails, self._tails = self._tails, OrderedDict()
+        tails, self._tails, self.size_bytes = self._tails, OrderedDict(), 0
         for tail in tails.values():
             tail.wake()
 
@@ -128,26 +156,45 @@ class Tails:
         for tail in self._tails.values():
             tail.wake()
 
-    def _let_go(self) -> None:
+    def _let_go(self, tail: Tail) -> None:
+        self.size_bytes -= tail.size_bytes
+        tail.let_go()
+
+    def _let_oldest_go(self) -> None:
+        for tail in self._tails.values():
+            if self.size_bytes <= TAILS_BYTES_MAX:
+                return
+            self._let_go(tail)
+
+    def _make_room(self) -> None:
         for stream, tail in list(self._tails.items())[: max(0, len(self._tails) - STREAMS_MAX)]:
             if not tail.waiters:
+                self._let_go(tail)
                 del self._tails[stream]
 
 
-def join_frames(epoch: str, records: Sequence[Record]) -> Chunk:
-    """Return as many of the records as fit into one chunk, as frames."""
+def _size_bytes(records: Sequence[Record]) -> int:
+    return sum(len(record.payload) + _RECORD_BYTES for record in records)
+
+
+def give_up(waiter: asyncio.Future[bool]) -> None:
+    """End one wait: its time is over."""
+    if not waiter.done():
+        waiter.set_result(False)
+
+
+def join_frames(epoch: str, rows: Sequence[tuple[int, str, bytes]]) -> Chunk:
+    """Return as many of the records, or of the rows that they stand in, as fit into one chunk."""
     frames: list[bytes] = []
     size = 0
-    ends_run = False
-    last = records[0]
-    for record in records:
-        frame = sse.frame(f"{epoch}.{record.seq}", record.type, record.payload)
+    last_seq = 0
+    for seq, event_type, payload in rows:
+        frame = sse.frame(f"{epoch}.{seq}", event_type, payload)
         size += len(frame)
-        if frames and size > CHUNK_BYTES_MAX:
+        if size > CHUNK_BYTES_MAX and frames:
             break
         frames.append(frame)
-        last = record
-        if record.type in _MAY_END_A_RUN:
-            ends_run = True
-            break
-    return Chunk(b"".join(frames), last.seq, ends_run)
+        last_seq = seq
+        if event_type in _MAY_END_A_RUN:
+            return Chunk(b"".join(frames), last_seq, ends_run=True)
+    return Chunk(b"".join(frames), last_seq, ends_run=False)

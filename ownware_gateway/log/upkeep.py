@@ -8,7 +8,7 @@ import json
 import secrets
 from collections.abc import Iterator, Sequence
 from itertools import groupby, pairwise
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 from ownware_gateway.events import DELTAS, Event, StreamGap
 from ownware_gateway.log import ROOT, Record, Refused, Retention, Stream, Tombstone
@@ -109,7 +109,7 @@ def _size_bytes(connection: GroupConnection) -> int:
 
 
 def _prune_runs(connection: GroupConnection, before: int, level: int) -> int:
-    runs = connection.all("old_runs", before=before, pruned=level, limit=PRUNED_AT_ONCE)
+    runs = _old_runs(connection, before, level)
     gone = 0
     for run_key, stream_key, start, end in runs:
         if level == _ALL_GONE:
@@ -119,10 +119,25 @@ def _prune_runs(connection: GroupConnection, before: int, level: int) -> int:
             for first, last in _said_again(events):
                 gone += _replace(connection, stream_key, first, last)
         connection.run("run_pruned", level, run_key)
-    if level == _ALL_GONE and runs:
-        _hide(connection, "inbox_of_runs", json.dumps([run[0] for run in runs]), "retention")
+    if level == _ALL_GONE:
+        keys = json.dumps([run[0] for run in runs])
+        # Most runs ask nothing, and the stream over all threads is looked through from its start.
+        if connection.one("asked_in_runs", keys) is not None:
+            _hide(connection, "inbox_of_runs", keys, "retention")
     # Runs that held nothing to remove must not look like the end of the work.
     return gone or len(runs)
+
+
+def _old_runs(connection: GroupConnection, before: int, level: int) -> list[Any]:
+    """Return the next runs to prune, those first of which most is left.
+
+    One state after the other: asked for all at once, those pruned already would be gone over.
+    """
+    runs: list[Any] = []
+    for pruned in range(level):
+        room = PRUNED_AT_ONCE - len(runs)
+        runs += connection.all("old_runs", before=before, pruned=pruned, limit=room)
+    return runs
 
 
 def _said_again(events: Sequence[tuple[int, str]]) -> Iterator[tuple[int, int]]:

@@ -1,9 +1,11 @@
 """The one connection that writes, and the group commit.
 
 Work collects while the last commit is under way and then commits together, in one hop to the
-connection's thread. A commit that fails, on a full disk say, is tried again until it succeeds:
-what was taken is never dropped, and what is not durable is never shown. Only this connection
-checkpoints.
+connection's thread. Deltas that nobody waits for also collect for a moment between two commits:
+each commit wakes every follower, which costs far more than the delta.
+
+A commit that fails, on a full disk say, is tried again until it succeeds: what was taken is never
+dropped, and what is not durable is never shown. Only this connection checkpoints.
 """
 
 import asyncio
@@ -31,6 +33,21 @@ from ownware_gateway.log.upkeep import rejoin
 #: One commit takes at most so much, so that nobody waits long behind a burst.
 GROUP_BYTES_MAX: Final = 4_194_304
 
+#: Deltas come out at most this often: too short for a person to see, long enough for several runs'
+#: deltas, and several of one fast run, to share a commit and a write to each follower.
+DELTAS_EVERY_S: Final = 0.015
+
+#: With very many followers the time between is this many times what waking all of them took last,
+#: up to a maximum, so that most of the event loop's time is left for everything else.
+REST_RATIO: Final = 2.0
+DELTAS_EVERY_S_MAX: Final = 0.1
+
+#: So much is enough company: it is committed at once.
+COMPANY_BYTES: Final = 262_144
+
+#: What the connection keeps of the file, in KiB (as SQLite wants it, below zero).
+CACHE_KIB: Final = -1024
+
 #: How long a commit waits for another program's lock before it counts as failing.
 BUSY_S: Final = 1.0
 
@@ -38,7 +55,7 @@ BUSY_S: Final = 1.0
 RETRY_S: Final = 0.05
 RETRY_S_MAX: Final = 2.0
 
-#: How often the counter beside the database is brought up to date.
+#: How often, at most, the counter beside the database is brought up to date.
 MARK_EVERY_S: Final = 1.0
 
 #: How often, and how long apart, the write-ahead log is asked to be emptied.
@@ -58,10 +75,11 @@ class Commit:
     than storing the delta.
     """
 
-    __slots__ = ("_done", "_waiter", "_work")
+    __slots__ = ("_done", "_hurry", "_waiter", "_work")
 
-    def __init__(self, work: Work) -> None:
+    def __init__(self, work: Work, hurry: Callable[[], None]) -> None:
         self._work = work
+        self._hurry = hurry
         self._done = False
         self._waiter: asyncio.Future[None] | None = None
 
@@ -74,6 +92,7 @@ class Commit:
     async def wait(self) -> int:
         """Return the seq of the first event once all are durable; raises Refused."""
         if not self._done:
+            self._hurry()
             if self._waiter is None:
                 self._waiter = asyncio.get_running_loop().create_future()
             # Shielded: one who stops waiting must not take the future from another.
@@ -93,10 +112,13 @@ class Writer:
         self._clock_ms = clock_ms
         self._publish = publish
         self._pending: deque[tuple[Work, Commit]] = deque()
+        self._pending_bytes = 0
+        self._urgent = False
+        self._pause: asyncio.TimerHandle | None = None
         self._closing = False
         self._flush: asyncio.Task[None] | None = None
         self._marker: Marker | None = None
-        self._marked_s = 0.0
+        self._marking: asyncio.TimerHandle | None = None
         self._group: GroupConnection | None = None
         self._connected: aiosqlite.Connection | None = None
         #: What is wrong while the log cannot be written, in a sentence.
@@ -134,11 +156,20 @@ class Writer:
         self._connected = await aiosqlite.connect(
             self._path, factory=make_writer, isolation_level=None, timeout=BUSY_S
         )
-        for pragma in ("journal_mode=WAL", "synchronous=FULL", "mmap_size=0", "secure_delete=ON"):
+        for pragma in (
+            "journal_mode=WAL",
+            "synchronous=FULL",
+            "mmap_size=0",
+            "secure_delete=ON",
+            f"cache_size={CACHE_KIB}",
+        ):
             await self.connection.execute(f"PRAGMA {pragma}")
         is_new = await self._upgrade()
+        # Together: a commit for each statement would wait for the disk as often.
+        await self.connection.execute("BEGIN IMMEDIATE")
         await self._identify()
         await self._own()
+        await self.connection.execute("COMMIT")
         return await self._recognise(is_new=is_new)
 
     async def _upgrade(self) -> bool:
@@ -197,10 +228,13 @@ class Writer:
 
     def take(self, work: Work) -> Commit:
         """Have work committed with the next group, in the order of the calls."""
-        commit = Commit(work)
+        commit = Commit(work, self._hurry)
         self._pending.append((work, commit))
-        if self._flush is None:
-            self._flush = asyncio.get_running_loop().create_task(self._flush_all())
+        self._pending_bytes += work.size_bytes
+        if not work.patient or self._pending_bytes >= COMPANY_BYTES:
+            self._hurry()
+        elif self._pause is None:
+            self._begin()
         return commit
 
     async def do(self, do: Callable[[GroupConnection, int], T]) -> T:
@@ -209,26 +243,68 @@ class Writer:
         await self.take(chore).wait()
         return cast(T, chore.result)
 
+    def _hurry(self) -> None:
+        """Let what is pending wait for nothing but the commit under way."""
+        self._urgent = True
+        self._begin()
+
+    def _begin(self) -> None:
+        if self._flush is None and self._pending:
+            self._end_pause()
+            self._flush = asyncio.get_running_loop().create_task(self._flush_all())
+
+    def _end_pause(self) -> None:
+        if self._pause is not None:
+            self._pause.cancel()
+            self._pause = None
+
     async def _flush_all(self) -> None:
         try:
-            while self._pending:
-                await self._flush_group()
-            # Nothing more may come for hours: an older file must be noticed then, too.
-            self._marked_s = 0.0
-            self._mark()
+            more_follows = await self._flush_group()
+            while self._pending and (self._urgent or not more_follows):
+                more_follows = await self._flush_group()
+            if not more_follows and self._marker is not None and self._group is not None:
+                # Nothing more may come for hours: an older file must be noticed at once.
+                self._write_mark(self._marker, self._group.commits)
         finally:
             self._flush = None
 
-    async def _flush_group(self) -> None:
+    async def _flush_group(self) -> bool:
+        """Commit what is pending, as much as one commit takes; return whether deltas were in it."""
         group: list[tuple[Work, Commit]] = []
         size = 0
         while self._pending and size < GROUP_BYTES_MAX:
             group.append(self._pending.popleft())
             size += group[-1][0].size_bytes
+        self._pending_bytes -= size
+        self._urgent = self._urgent and bool(self._pending)
         await self._commit([work for work, _ in group])
+        loop = asyncio.get_running_loop()
+        began_s = loop.time()
         for work, commit in group:
             self._publish(work)
             commit.settle()
+        deltas = any(work.patient for work, _ in group)
+        if deltas:
+            self._rest(DELTAS_EVERY_S)
+            # Called when everyone who was woken just now has had a turn.
+            loop.call_soon(self._rest_longer, began_s)
+        return deltas
+
+    def _rest(self, seconds: float) -> None:
+        """Let deltas collect for a while."""
+        self._end_pause()
+        self._pause = asyncio.get_running_loop().call_later(seconds, self._pause_over)
+
+    def _rest_longer(self, began_s: float) -> None:
+        """Make the pause fit what the last deltas cost, unless it is over already."""
+        took_s = asyncio.get_running_loop().time() - began_s
+        if self._pause is not None and took_s * REST_RATIO > DELTAS_EVERY_S:
+            self._rest(min(took_s * REST_RATIO, DELTAS_EVERY_S_MAX))
+
+    def _pause_over(self) -> None:
+        self._pause = None
+        self._begin()
 
     async def _commit(self, group: Sequence[Work]) -> None:
         delay_s = RETRY_S
@@ -254,12 +330,21 @@ class Writer:
                 return
 
     def _mark(self) -> None:
-        now_s = asyncio.get_running_loop().time()
-        if now_s - self._marked_s >= MARK_EVERY_S and self._marker and self._group:
-            self._marked_s = now_s
-            # It may be behind, on a full disk say; what was committed is acknowledged all the same.
-            with contextlib.suppress(OSError):
-                self._marker.write(self._group.commits)
+        """Bring the counter beside the database up to date: now, and again if more follows."""
+        if self._marking is None and self._marker is not None and self._group is not None:
+            self._write_mark(self._marker, self._group.commits)
+            loop = asyncio.get_running_loop()
+            self._marking = loop.call_later(MARK_EVERY_S, self._mark_again, self._group.commits)
+
+    def _mark_again(self, marked: int) -> None:
+        self._marking = None
+        if self._group is not None and self._group.commits != marked:
+            self._mark()
+
+    def _write_mark(self, marker: Marker, commits: int) -> None:
+        # It may be behind, on a full disk say; what was committed is acknowledged all the same.
+        with contextlib.suppress(OSError):
+            marker.write(commits)
 
     async def scrub(self) -> None:
         """Write the file anew, and empty the write-ahead log.
@@ -288,16 +373,19 @@ class Writer:
     async def settle(self) -> None:
         """Commit what is under way; a commit that fails from here on is given up."""
         self._closing = True
+        self._hurry()
         if self._flush is not None:
             await self._flush
+        self._end_pause()
 
     async def close(self) -> None:
         """Commit what is under way and close, which checkpoints."""
         await self.settle()
         if self._connected is not None:
             await self._connected.close()
+        if self._marking is not None:
+            self._marking.cancel()
         if self._marker is not None:
             if self._group is not None:
-                with contextlib.suppress(OSError):
-                    self._marker.write(self._group.commits)
+                self._write_mark(self._marker, self._group.commits)
             self._marker.close()

@@ -309,7 +309,9 @@ async def test_a_thread_is_made_empty_and_filled_by_a_run(site: Site) -> None:
     assert (thread["status"], thread["activeRunId"]) == ("idle", None)
     assert await site.get(f"/threads/{thread['id']}") == thread
     assert await site.get(f"/threads/{thread['id']}/messages") == []
-    assert (await site.get(f"/threads/{thread['id']}/agents"))["count"] == 0
+    assert (await site.get(f"/threads/{thread['id']}/agents"))["agents"] == [
+        {"agentId": "root", "maxSeq": 0}
+    ]
     await site.whole_run("hello", threadId=thread["id"])
     filled = await site.get(f"/threads/{thread['id']}")
     assert (filled["title"], filled["model"]) == ("Käse", DEMO_ID)

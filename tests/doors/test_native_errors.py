@@ -283,9 +283,6 @@ PATHS: dict[str, Bad] = {
     "unknown agent": Bad(
         "GET", "/threads/{ended_thread}/agents/nobody/events", "not_found", "no agent 'nobody'"
     ),
-    "thread without a stream": Bad(
-        "GET", "/threads/{empty_thread}/agents/root/events", "not_found", "no agent 'root'"
-    ),
     "unknown profile": Bad("GET", "/profiles/x", "not_found", "assistant"),
     "profile that does not parse": Bad("GET", "/profiles/broken", "not_found", "'model'"),
     "id with a slash": Bad("GET", "/runs/a%2Fb", "invalid_request", "runId is malformed"),

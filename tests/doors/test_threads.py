@@ -113,6 +113,21 @@ async def marked_thread(http: Http, up: Gateway, provider: Provider) -> Json:
     return run
 
 
+async def test_an_empty_thread_can_be_followed_before_its_first_run(
+    up: Gateway, http: Http, provider: Provider
+) -> None:
+    provider.reply(Reply(text=["hello"]))
+    _, thread = await post_json(http, up.url, "/threads", {"title": "empty"})
+    assert (await get_json(http, up.url, f"/threads/{thread['id']}/agents"))["agents"] == [
+        {"agentId": "root", "maxSeq": 0}
+    ]
+    path = f"/threads/{thread['id']}/agents/root/events"
+    async with open_stream(http, up.url, path) as response:
+        await start_run(http, up.url, "begin", threadId=thread["id"])
+        read = await read_frames(response, until="session.end")
+    assert [event["seq"] for event in events(read)] == list(range(1, len(events(read)) + 1))
+
+
 # -- deleting
 
 

@@ -319,8 +319,6 @@ async def test_an_older_file_is_noticed_too_when_the_process_that_wrote_on_made_
         backup(file, tmp_path / "by hand")
         for number in range(3):
             await whole_run(log, f"lost_{number}")
-        # As it is when the marker was last brought up to date.
-        log._writer._marked_s = 0.0
         await whole_run(log, "lost")
         killed = tmp_path / "killed"
         killed.mkdir()

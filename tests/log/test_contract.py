@@ -22,7 +22,6 @@ from ownware_gateway.log import (
     Commit,
     Decides,
     Drives,
-    Gone,
     Log,
     Permission,
     Private,
@@ -471,15 +470,18 @@ async def test_a_thread_is_made_by_its_first_run_and_says_what_is_under_way(
     assert thread.updated_at == 1_000_010
 
 
-async def test_an_empty_thread_has_no_stream_and_takes_the_title_of_its_first_run(log: Log) -> None:
+async def test_an_empty_thread_can_be_followed_and_takes_the_title_of_its_first_run(
+    log: Log,
+) -> None:
     made = await log.make_thread("thread_1", title="", profile_id=None)
 
     assert made == await log.thread("thread_1")
     assert (made.title, made.profile_id, made.model) == ("", None, None)
-    assert await log.head(STREAM) is None
-    assert await log.agents("thread_1") == []
-    with pytest.raises(Gone):
-        await log.chunk(STREAM, 0)
+    head = await log.head(STREAM)
+    assert head is not None
+    assert (head.earliest, head.last) == (1, 0)
+    assert await log.agents("thread_1") == [("root", 0)]
+    assert await log.chunk(STREAM, 0) is None
     assert await log.read(STREAM, 0) == []
     assert await log.wait(STREAM, 0, 0.01) is False
     waiting = asyncio.create_task(log.wait(STREAM, 0, PATIENCE_S))

@@ -44,6 +44,9 @@ from tests.log import (
     whole_run,
 )
 
+#: The version that a log of this gateway has.
+NEWEST: Final = schema_versions()[-1][0]
+
 
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
@@ -161,16 +164,16 @@ async def test_a_log_of_an_older_version_is_copied_before_it_is_upgraded(
     await whole_run(log, "run_1", delta())
     before = await read_chunks(log)
     await log.close()
-    newer = [*schema_versions(), (2, "ALTER TABLE threads ADD COLUMN colour TEXT;")]
+    newer = [*schema_versions(), (NEWEST + 1, "ALTER TABLE threads ADD COLUMN colour TEXT;")]
     with monkeypatch.context() as patch:
         patch.setattr(writer, "schema_versions", lambda: newer)
         log = await SqliteLog.open(file, Clock())
-        assert await pragma(log, "user_version") == 2
+        assert await pragma(log, "user_version") == NEWEST + 1
         assert await read_chunks(log) == before
         await whole_run(log, "run_2")
         await log.close()
 
-    backup = file.with_name("gateway.v1.backup")
+    backup = file.with_name(f"gateway.v{NEWEST}.backup")
     assert stat.S_IMODE(backup.stat().st_mode) == 0o600
     log = await SqliteLog.open(backup, Clock())
     assert await read_chunks(log) == before
@@ -185,14 +188,14 @@ async def test_an_upgrade_that_fails_changes_nothing(
     before = await read_chunks(log)
     await log.close()
     broken = "ALTER TABLE threads ADD COLUMN colour TEXT; ALTER TABLE nothing ADD COLUMN x;"
-    newer = [*schema_versions(), (2, broken)]
+    newer = [*schema_versions(), (NEWEST + 1, broken)]
     with monkeypatch.context() as patch:
         patch.setattr(writer, "schema_versions", lambda: newer)
         with pytest.raises(BootError, match="nothing"):
             await SqliteLog.open(file, Clock())
 
     log = await SqliteLog.open(file, Clock())
-    assert await pragma(log, "user_version") == 1
+    assert await pragma(log, "user_version") == NEWEST
     assert await read_chunks(log) == before
     rows = await log._writer.connection.execute_fetchall(
         "SELECT name FROM pragma_table_info('threads')"

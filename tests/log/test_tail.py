@@ -8,9 +8,16 @@ import pytest
 
 from ownware_gateway import sse
 from ownware_gateway.events import Event
-from ownware_gateway.log import Record, Stream, tail
+from ownware_gateway.log import Record, Stream, sqlite, tail
 from ownware_gateway.log.sqlite import SqliteLog
-from ownware_gateway.log.tail import CHUNKS_MAX, STREAMS_MAX, TAIL_BYTES_MAX, Tail, Tails
+from ownware_gateway.log.tail import (
+    CHUNKS_MAX,
+    STREAMS_MAX,
+    TAIL_BYTES_MAX,
+    TAILS_BYTES_MAX,
+    Tail,
+    Tails,
+)
 from tests.log import (
     PATIENCE_S,
     STREAM,
@@ -22,6 +29,7 @@ from tests.log import (
     session_end,
     session_start,
     starts,
+    until,
     whole_run,
 )
 
@@ -42,7 +50,7 @@ def records(first: int, count: int, event: Event | None = None, size: int = 10) 
 
 
 def held_bytes(held: Tail) -> int:
-    return sum(len(record.payload) for record in held._records)
+    return sum(len(record.payload) for record in held._records or ())
 
 
 def test_a_tail_holds_the_newest_events_and_never_more_than_its_limit() -> None:
@@ -87,6 +95,7 @@ def test_followers_at_many_cursors_do_not_fill_the_memory() -> None:
     held.add(records(1, 3000, size=100))
     for after in range(3000):
         held.chunk(after)
+    assert held._chunks is not None
     kept = held._chunks.values()
     assert len(kept) <= CHUNKS_MAX
     assert sum(len(chunk.data) for chunk in kept) <= CHUNKS_MAX * 65_536
@@ -118,12 +127,40 @@ def test_a_stream_that_is_written_to_outlives_those_that_are_not() -> None:
 
 
 @pytest.mark.parametrize("last", [session_end("run_1"), question("req_1")])
-def test_a_stream_at_rest_keeps_its_tail_for_followers_only(last: Event) -> None:
+def test_a_stream_at_rest_lets_its_events_go_and_its_tail_when_nobody_waits(last: Event) -> None:
     tails = Tails()
     tails.add(STREAM, "e", records(1, 3))
-    assert tails.get(STREAM) is not None
+    tails.rest(STREAM)
+    held = tails.get(STREAM)
+    assert held is not None
+    assert held.holds(0)
     tails.add(STREAM, "e", records(4, 1, last))
+    assert held.holds(0), "those who follow it are about to read them"
+
+    loop = asyncio.new_event_loop()
+    waiter = loop.create_future()
+    loop.close()
+    held.waiters.add(waiter)
+    tails.rest(STREAM)
+    assert tails.get(STREAM) is held
+    assert (tails.size_bytes, held.holds(3), held.holds(4)) == (0, False, True)
+    held.waiters.remove(waiter)
+    tails.leave(STREAM)
     assert tails.get(STREAM) is None
+
+
+def test_all_tails_together_hold_no_more_than_their_limit() -> None:
+    tails = Tails()
+    for n in range(200):
+        tails.add(Stream(f"t{n}"), "e", records(1, 10, size=50_000))
+        assert tails.size_bytes <= TAILS_BYTES_MAX
+        assert tails.size_bytes == sum(tail.size_bytes for tail in tails._tails.values())
+    newest, oldest = tails.get(Stream("t199")), tails.get(Stream("t0"))
+    assert newest is not None
+    assert newest.holds(0)
+    assert oldest is not None
+    assert not oldest.holds(0)
+    assert oldest.holds(10), "it knows how far its stream goes"
 
 
 def test_a_chunk_from_a_tail_is_made_of_the_frames_of_the_wire() -> None:
@@ -150,6 +187,7 @@ async def test_a_follower_that_fell_out_of_the_tail_reads_the_same_bytes_from_th
     held = log._tails.get(STREAM)
     assert held is not None
     assert not held.holds(0)
+    assert held._records is not None
     oldest = held._records[0].seq
     assert oldest > 100
 
@@ -160,6 +198,7 @@ async def test_a_follower_that_fell_out_of_the_tail_reads_the_same_bytes_from_th
     ]
     from_tail = await read_chunks(log, after=oldest - 1)
     await log.append(drives("run_1", session_end("run_1"))).wait()
+    log._tails.rest(STREAM)
     assert log._tails.get(STREAM) is None
     from_database = await read_chunks(log, after=oldest - 1)
     assert behind.endswith(from_tail)
@@ -187,6 +226,7 @@ async def test_followers_that_keep_up_read_no_database(log: SqliteLog) -> None:
 
 async def test_a_stream_at_rest_is_let_go_when_its_last_follower_leaves(log: SqliteLog) -> None:
     await whole_run(log, "run_1", delta())
+    log._tails.rest(STREAM)
     assert log._tails.get(STREAM) is None
     waiting = [asyncio.create_task(log.wait(STREAM, 3, PATIENCE_S)) for _ in range(2)]
     await log.run("run_1")
@@ -199,7 +239,11 @@ async def test_a_stream_at_rest_is_let_go_when_its_last_follower_leaves(log: Sql
     assert log._tails.get(STREAM) is None
 
 
-async def test_finished_streams_leave_nothing_in_memory(log: SqliteLog) -> None:
+async def test_finished_streams_leave_nothing_in_memory(
+    log: SqliteLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sqlite, "REST_S", 0.0)
+
     async def follow(stream: Stream) -> None:
         after = 0
         while True:
@@ -217,5 +261,8 @@ async def test_finished_streams_leave_nothing_in_memory(log: SqliteLog) -> None:
             log.append(drives(f"run_{n}", session_start(f"run_{n}"), delta(), stream=stream))
         for n, stream in enumerate(streams):
             await log.append(drives(f"run_{n}", session_end(f"run_{n}"), stream=stream)).wait()
-    assert len(log._tails._tails) == 0
-    assert log._writer.idle
+
+    async def gone() -> bool:
+        return not log._tails._tails and log._writer.idle
+
+    await until(gone)

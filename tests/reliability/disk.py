@@ -278,7 +278,8 @@ class Group:
 
 # Everything else is the gateway's own code, unchanged.
 for _name in (
-    "_one",
+    "_commit",
+    "_perform",
     "one",
     "run",
     "all",

@@ -13,6 +13,9 @@ SELECT streams.head,
 FROM streams JOIN threads ON threads.key = streams.thread_key
 WHERE threads.id = ? AND streams.agent_id = ?;
 
+-- thread_exists --
+SELECT 1 FROM threads WHERE id = ?;
+
 -- add_thread --
 INSERT INTO threads (id, profile_id, model, title, created_at, updated_at)
 VALUES (:id, :profile_id, :model, :title, :now, :now)
@@ -43,7 +46,10 @@ SELECT :id, key, :agent_id, :profile_id, :model, 'accepted', :start_seq, :timeou
 FROM threads WHERE id = :thread_id;
 
 -- fence --
-SELECT generation, terminal_at IS NOT NULL FROM runs WHERE id = ?;
+SELECT runs.generation, runs.terminal_at IS NOT NULL, streams.key, streams.head
+FROM runs
+JOIN streams ON streams.thread_key = runs.thread_key AND streams.agent_id = runs.agent_id
+WHERE runs.id = ?;
 
 -- take_over --
 UPDATE runs SET generation = generation + 1, under_way = 1 WHERE id = ? AND terminal_at IS NULL;
@@ -62,7 +68,9 @@ INSERT INTO idempotency (caller, route, key, fingerprint, run_id, fallback, crea
 VALUES (?, ?, ?, ?, ?, ?, ?);
 
 -- forget_starts --
-DELETE FROM idempotency WHERE created_at < ?;
+-- Some at a time: after a long rest there may be very many, and a start waits for it.
+DELETE FROM idempotency WHERE (caller, route, key) IN
+    (SELECT caller, route, key FROM idempotency WHERE created_at < ? ORDER BY created_at LIMIT 100);
 
 -- tombstone --
 SELECT thread_id, deleted_by, deleted_at FROM tombstones WHERE thread_id = ?;
@@ -115,8 +123,17 @@ WHERE request_id = :request_id AND granted IS NULL;
 SELECT seq, type, payload FROM events
 WHERE stream_key = ? AND seq > ? ORDER BY seq LIMIT ?;
 
--- facts --
+-- chunk --
+-- As `records`, for one who follows a stream: looked up and read at once.
 SELECT seq, type, payload FROM events
+WHERE stream_key = (SELECT streams.key
+                    FROM streams JOIN threads ON threads.key = streams.thread_key
+                    WHERE threads.id = ? AND streams.agent_id = ?)
+  AND seq > ? ORDER BY seq LIMIT ?;
+
+-- facts --
+-- Named, for the planner takes the primary key and walks over every delta.
+SELECT seq, type, payload FROM events INDEXED BY facts
 WHERE stream_key = ? AND seq > ?
   AND type NOT IN ('text.delta', 'thinking.delta', 'tool.call.progress')
 ORDER BY seq LIMIT ?;
@@ -155,7 +172,11 @@ JOIN runs ON runs.key = permissions.run_key
 JOIN threads ON threads.key = runs.thread_key;
 
 -- count_commit --
-UPDATE meta SET value = value + 1 WHERE name = 'commits';
+-- Counts nothing for one that is not the owner any more.
+UPDATE meta SET value = value + 1
+WHERE name = 'commits'
+  AND (:owner IS NULL OR :owner = (SELECT value FROM meta WHERE name = 'owner'))
+RETURNING CAST(value AS INTEGER);
 
 -- commits --
 SELECT CAST(value AS INTEGER) FROM meta WHERE name = 'commits';
@@ -163,9 +184,6 @@ SELECT CAST(value AS INTEGER) FROM meta WHERE name = 'commits';
 -- own --
 INSERT INTO meta (name, value) VALUES ('owner', ?)
 ON CONFLICT (name) DO UPDATE SET value = excluded.value;
-
--- owner --
-SELECT value FROM meta WHERE name = 'owner';
 
 -- next_event --
 SELECT seq, type, payload FROM events WHERE stream_key = ? AND seq > ? ORDER BY seq LIMIT 1;
@@ -230,6 +248,9 @@ WHERE stream_key = ? AND type <> 'stream.gap'
   AND json_extract(CAST(payload AS TEXT), '$.runId') IN
       (SELECT id FROM runs WHERE key IN (SELECT value FROM json_each(?)));
 
+-- asked_in_runs --
+SELECT 1 FROM permissions WHERE run_key IN (SELECT value FROM json_each(?)) LIMIT 1;
+
 -- replace_event --
 UPDATE events SET type = ?, payload = ? WHERE stream_key = ? AND seq = ?;
 
@@ -237,7 +258,7 @@ UPDATE events SET type = ?, payload = ? WHERE stream_key = ? AND seq = ?;
 SELECT runs.key, streams.key, runs.start_seq, runs.end_seq
 FROM runs
 JOIN streams ON streams.thread_key = runs.thread_key AND streams.agent_id = runs.agent_id
-WHERE runs.terminal_at < :before AND runs.pruned < :pruned
+WHERE runs.terminal_at < :before AND runs.pruned = :pruned
 ORDER BY runs.terminal_at LIMIT :limit;
 
 -- run_pruned --
