@@ -1,11 +1,13 @@
 """People's answers: a question is decided once, by whoever answers first, or by the clock.
 
 A question is a row in the log, so it outlives every process; deciding it is an append whose guard
-lets one through. What waits for its expiry here is a timer, no task.
+lets one through. Here a question is when it expires, a number; one timer waits for the next.
 """
 
 import asyncio
 import contextlib
+import itertools
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
@@ -14,9 +16,17 @@ from ownware_gateway.errors import GatewayError
 from ownware_gateway.events import DecidedBy, PermissionResponse
 from ownware_gateway.log import Append, Decides, Log, Permission, Refused, Stream
 
-#: A timer is set for no longer than this, and set again: it does not count the time that the
+#: The timer is set for no longer than this, and set again: it does not count the time that the
 #: machine is suspended, which the clock does.
-TIMER_S_MAX: Final = 60.0
+LOOK_S_MAX: Final = 60.0
+
+#: Nor for less than this: of many questions that expire one after the other each look finds some.
+LOOK_S_MIN: Final = 0.02
+
+#: Questions that are answered together when their time is over.
+EXPIRE_TOGETHER_MAX: Final = 100
+
+_log: Final = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +46,11 @@ class Approvals:
         self._log = log
         self._clock_ms = clock_ms
         self._go = go
-        self._timers: dict[str, asyncio.TimerHandle] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
+        #: When each run's question expires, in milliseconds since 1970: a run has one at a time.
+        self._expires_at: dict[str, int] = {}
+        self._timer: asyncio.TimerHandle | None = None
+        self._rings_at = 0
+        self._expiring: asyncio.Task[None] | None = None
         self._stopping = False
 
     async def decide(
@@ -93,49 +106,84 @@ class Approvals:
             if not isinstance(refused.winner, Permission):
                 raise _unknown(asked.request_id) from None  # Its thread was deleted just now.
             raise await self._already_decided(refused.winner) from None
-        self.forget(asked.request_id)
+        self.forget(asked.run_id)
         self._go(asked.run_id)
 
     async def watch(self, run_id: str) -> None:
         """Have the run's question answered with no, once its time is over."""
         for asked in await self._log.pending(run_id=run_id):
-            if asked.request_id not in self._timers and not self._stopping:
-                self._set_timer(asked)
+            self._note(asked)
 
-    def _set_timer(self, asked: Permission) -> None:
-        left_s = (asked.expires_at - self._clock_ms()) / 1000
-        self._timers[asked.request_id] = asyncio.get_running_loop().call_later(
-            min(max(left_s, 0.0), TIMER_S_MAX), self._ring, asked
-        )
+    async def watch_all(self) -> None:
+        """Have every question that there is answered with no, each once its time is over."""
+        for asked in await self._log.pending():
+            self._note(asked)
 
-    def _ring(self, asked: Permission) -> None:
-        self._timers.pop(asked.request_id, None)
-        if asked.expires_at > self._clock_ms():
-            self._set_timer(asked)
+    def forget(self, run_id: str) -> None:
+        """Let go of the run's question: it has its answer, or the run has ended."""
+        self._expires_at.pop(run_id, None)
+
+    def _note(self, asked: Permission) -> None:
+        self._expires_at[asked.run_id] = asked.expires_at
+        if self._timer is None or asked.expires_at < self._rings_at:
+            self._set_timer(asked.expires_at)
+
+    def _set_timer(self, at: int) -> None:
+        """Look through the questions when the clock says so; while that is done, afterwards."""
+        if self._stopping or self._expiring is not None:
             return
-        task = asyncio.get_running_loop().create_task(self._expire(asked))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        if self._timer is not None:
+            self._timer.cancel()
+        left_s = min(max((at - self._clock_ms()) / 1000, LOOK_S_MIN), LOOK_S_MAX)
+        self._rings_at = at
+        self._timer = asyncio.get_running_loop().call_later(left_s, self._ring)
 
-    async def _expire(self, asked: Permission) -> None:
-        waited_s = round((asked.expires_at - asked.requested_at) / 1000, 1)
-        reason = f"nobody answered within {waited_s:g} s"
-        # It may have been decided in the last moment.
-        with contextlib.suppress(GatewayError):
-            await self._answer(asked, Decision(granted=False), "timeout", reason)
+    def _ring(self) -> None:
+        self._timer = None
+        self._expiring = asyncio.get_running_loop().create_task(self._expire_due())
 
-    def forget(self, request_id: str) -> None:
-        """Let go of a question's timer."""
-        if timer := self._timers.pop(request_id, None):
-            timer.cancel()
+    async def _expire_due(self) -> None:
+        next_at = self._clock_ms() + round(LOOK_S_MAX * 1000)
+        try:
+            while due := self._due():
+                # All of them, whatever becomes of one: who has its answer must be set going.
+                ends = await asyncio.gather(*map(self._expire, due), return_exceptions=True)
+                for failure in filter(None, ends):
+                    raise failure
+            next_at = min(self._expires_at.values(), default=next_at)
+        except Exception:  # noqa: BLE001 - the questions stay noted and are looked at again
+            _log.exception("questions could not be answered in time")
+        finally:
+            self._expiring = None
+        if self._expires_at:
+            self._set_timer(next_at)
+
+    def _due(self) -> list[str]:
+        now = self._clock_ms()
+        over = (run_id for run_id, expires_at in self._expires_at.items() if expires_at <= now)
+        return [] if self._stopping else list(itertools.islice(over, EXPIRE_TOGETHER_MAX))
+
+    async def _expire(self, run_id: str) -> None:
+        now = self._clock_ms()
+        for asked in await self._log.pending(run_id=run_id):
+            if asked.expires_at > now:
+                self._note(asked)
+                continue
+            waited_s = round((asked.expires_at - asked.requested_at) / 1000, 1)
+            reason = f"nobody answered within {waited_s:g} s"
+            # It may have been decided in the last moment.
+            with contextlib.suppress(GatewayError):
+                await self._answer(asked, Decision(granted=False), "timeout", reason)
+        # Unless the run has asked another one meanwhile.
+        if self._expires_at.get(run_id, now) <= now:
+            self.forget(run_id)
 
     def stop(self) -> set[asyncio.Task[None]]:
         """Watch nothing more; return what is still under way."""
         self._stopping = True
-        for timer in self._timers.values():
-            timer.cancel()
-        self._timers.clear()
-        return set(self._tasks)
+        if self._timer is not None:
+            self._timer.cancel()
+        return set() if self._expiring is None else {self._expiring}
 
     async def _already_decided(self, winner: Permission) -> GatewayError:
         by, granted = winner.decided_by, bool(winner.granted)

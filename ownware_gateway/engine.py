@@ -27,6 +27,7 @@ from ownware_gateway.log import (
     Run,
     Starts,
     Stream,
+    Thread,
     Tombstone,
 )
 from ownware_gateway.models import Dispatch, File
@@ -98,6 +99,7 @@ class _Slot:
 class _Fresh:
     """A run that begins: what it is driven with need not be read from the log."""
 
+    run: Run
     profile: Profile
     dispatch: Dispatch
     facts: RunFacts
@@ -174,9 +176,9 @@ class Engine:
             *(Private("attachment", item.data, index) for index, item in enumerate(wanted.files)),
         ]
         fallback = fallback_of(profile, dispatch)
-        guard = Starts(row, wanted.key, fallback)
+        guard = Starts(row, wanted.key, fallback, goes_on=wanted.thread_id is not None)
         try:
-            first = await self._parts.log.append(Append(stream, guard, [message], private)).wait()
+            run = await self._parts.log.begin(Append(stream, guard, [message], private))
         except Refused as refused:
             match refused.winner:
                 case KeptStart() as kept if wanted.key is not None:
@@ -191,10 +193,10 @@ class Engine:
                         runId=active,
                     ) from None
                 case _:
-                    raise
-        facts = RunFacts(message, first, files=wanted.files)
-        self._go(run_id, _Fresh(profile, dispatch, facts))
-        return Started(await self._run(run_id), fallback)
+                    raise _no_thread(stream.thread_id) from None
+        facts = RunFacts(message, run.start_seq + 1, files=wanted.files)
+        self._go(run_id, _Fresh(run, profile, dispatch, facts))
+        return Started(run, fallback)
 
     async def _check_room(self) -> None:
         if self._stopping:
@@ -218,23 +220,28 @@ class Engine:
         One that the request names is never replaced. The profile's own may be, when its provider
         has no key: on a thread that begins, or that the built-in model has answered so far.
         """
-        thread = None
-        if wanted.thread_id is not None:
-            thread = await self._parts.log.thread(wanted.thread_id)
-            if thread is None:
-                if await self._parts.log.tombstone(wanted.thread_id) is not None:
-                    raise deleted(wanted.thread_id)
-                raise GatewayError("not_found", f"There is no thread {wanted.thread_id!r}.")
         if wanted.model is not None:
             return self._parts.catalogue.resolve(wanted.model)
         try:
             return self._parts.catalogue.resolve(profile.model)
         except GatewayError:
+            thread = await self._thread(wanted.thread_id)
             begun = thread is not None and thread.model is not None
             demo_began = begun and thread is not None and str(thread.model).startswith(DEMO_PREFIX)
             if not self._limits.stand_in or (begun and not demo_began):
                 raise
             return await self._parts.catalogue.stand_in(profile.model)
+
+    async def _thread(self, thread_id: str | None) -> Thread | None:
+        """Return the thread that a run is to go on in; None for a new one. Raises GatewayError."""
+        if thread_id is None:
+            return None
+        thread = await self._parts.log.thread(thread_id)
+        if thread is None:
+            if await self._parts.log.tombstone(thread_id) is not None:
+                raise deleted(thread_id)
+            raise _no_thread(thread_id)
+        return thread
 
     # -- driving
 
@@ -262,7 +269,7 @@ class Engine:
         try:
             while run is None or slot.again:
                 slot.again = False
-                run = await self._parts.log.run(run_id)
+                run = fresh.run if fresh is not None else await self._parts.log.run(run_id)
                 if run is None:
                     return  # Its thread has been deleted.
                 await self._drive_once(slot, run, fresh, restarted=restarted)
@@ -272,7 +279,9 @@ class Engine:
                 return
             if run.status == "succeeded" and run.end_seq is not None and slot.history:
                 self._recent.keep(run.stream, run.end_seq, slot.history)
-            if not run.terminal:
+            if run.terminal:
+                self.approvals.forget(run_id)
+            else:
                 await self.approvals.watch(run_id)
         except Refused:
             _log.info("run %s has ended, or is driven by another gateway now", run_id)
@@ -420,9 +429,7 @@ class Engine:
         await self._parts.log.charge()
         unfinished = await self._parts.log.unfinished()
         under_way = [run for run in unfinished if run.status != "waiting" or run.code is not None]
-        for run in unfinished:
-            if run not in under_way:
-                await self.approvals.watch(run.id)
+        await self.approvals.watch_all()
         if any(run.deaths >= DEATHS_CAREFUL for run in under_way):
             task = asyncio.get_running_loop().create_task(self._one_at_a_time(under_way))
             self._tasks.add(task)
@@ -483,6 +490,10 @@ class Engine:
 def deleted(thread_id: str) -> GatewayError:
     """Return the error for a thread that was deleted; its name is never used again."""
     return GatewayError("thread_deleted", f"The thread {thread_id!r} has been deleted.")
+
+
+def _no_thread(thread_id: str) -> GatewayError:
+    return GatewayError("not_found", f"There is no thread {thread_id!r}.")
 
 
 class _CannotGoOn(Exception):

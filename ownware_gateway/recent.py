@@ -4,43 +4,67 @@ Nothing here is needed to be right: what is not kept is read from the log. Only 
 are kept, and they are let go when a thread is deleted or the log is pruned.
 """
 
+import sys
 from collections import OrderedDict
-from typing import Final
+from dataclasses import dataclass
+from typing import Any, Final
 
 from ownware_gateway.log import Log, Stream
-from ownware_gateway.transcript import RunFacts, load
+from ownware_gateway.transcript import Call, RunFacts, Turn, load
 
-#: Runs that are kept, of all threads together; the threads longest unused are let go first.
-RUNS_MAX: Final = 2_000
+#: What the histories of all threads take at most; the threads longest unused are let go first.
+BYTES_MAX: Final = 4_194_304
+
+#: The one used last may take more by itself: reading it again is what costs most.
+ONE_BYTES_MAX: Final = 16_777_216
+
+#: What a run, a turn and a call take beside what was said in them, as tracemalloc has it.
+RUN_BYTES: Final = 4_000
+TURN_BYTES: Final = 3_000
+CALL_BYTES: Final = 2_000
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """A history that reaches to a number, and what it takes."""
+
+    through: int
+    runs: list[RunFacts]
+    size_bytes: int
+
+
+_NOTHING: Final = _Kept(0, [], 0)
 
 
 class Recent:
-    """Folded histories of finished runs, by stream, and the number they reach to."""
+    """Folded histories of finished runs, by stream."""
 
     def __init__(self, log: Log) -> None:
         self._log = log
-        self._kept: OrderedDict[Stream, tuple[int, list[RunFacts]]] = OrderedDict()
-        self._runs = 0
+        self._kept: OrderedDict[Stream, _Kept] = OrderedDict()
+        #: What all of them take.
+        self.size_bytes = 0
 
     async def before(self, stream: Stream, seq: int) -> list[RunFacts]:
         """Return the stream's runs up to a number at which one ended, or 0 where none began."""
         if seq == 0:
             return []
-        through, known = self._take(stream)
-        if through == seq:
-            return known
-        return [*known, *await load(self._log, stream, after=through, to=seq)]
+        known = self._take(stream)
+        if known.through == seq:
+            return known.runs
+        return [*known.runs, *await load(self._log, stream, after=known.through, to=seq)]
 
     def keep(self, stream: Stream, seq: int, history: list[RunFacts]) -> None:
         """Keep a history up to the end of its last run, unless it is heavy."""
         self._take(stream)
-        if any(run.files for run in history) or len(history) > RUNS_MAX:
+        size_bytes = sum(map(_size_bytes, history))
+        if any(run.files for run in history) or size_bytes > ONE_BYTES_MAX:
             return
-        self._kept[stream] = (seq, history)
-        self._runs += len(history)
-        while self._runs > RUNS_MAX:
-            _, (_, oldest) = self._kept.popitem(last=False)
-            self._runs -= len(oldest)
+        self._kept[stream] = _Kept(seq, history, size_bytes)
+        self.size_bytes += size_bytes
+        while self.size_bytes > BYTES_MAX and len(self._kept) > 1:
+            _, oldest = self._kept.popitem(last=False)
+            self.size_bytes -= oldest.size_bytes
 
     def forget(self, thread_id: str) -> None:
         """Let go of a thread that is being deleted."""
@@ -50,9 +74,47 @@ class Recent:
     def clear(self) -> None:
         """Let go of everything."""
         self._kept.clear()
-        self._runs = 0
+        self.size_bytes = 0
 
-    def _take(self, stream: Stream) -> tuple[int, list[RunFacts]]:
-        through, known = self._kept.pop(stream, (0, []))
-        self._runs -= len(known)
-        return through, known
+    def _take(self, stream: Stream) -> _Kept:
+        known = self._kept.pop(stream, _NOTHING)
+        self.size_bytes -= known.size_bytes
+        return known
+
+
+def _size_bytes(run: RunFacts) -> int:
+    if run.size_bytes is None:
+        turns = sum(map(_of_turn, run.turns))
+        run.size_bytes = RUN_BYTES + sys.getsizeof(run.message.text) + turns
+    return run.size_bytes
+
+
+def _of_turn(turn: Turn) -> int:
+    said = _of_json(turn.text, turn.thinking, turn.cut_text)
+    calls = sum(map(_of_call, turn.calls.values()))
+    if turn.answer is None:
+        return TURN_BYTES + said + calls
+    answer = turn.answer.turn
+    # Counted again: an answer that was read from the log is another copy of what was shown.
+    asked = [call.arguments for call in answer.tool_calls]
+    kept = _of_json(answer.text, answer.thinking, asked, answer.raw)
+    return TURN_BYTES + said + calls + kept
+
+
+def _of_call(call: Call) -> int:
+    return CALL_BYTES + _of_json(call.input, call.end.result if call.end is not None else "")
+
+
+def _of_json(*values: Any) -> int:
+    size_bytes = 0
+    # A stack of our own: what a model writes may be nested deeper than functions may call.
+    left = list(values)
+    while left:
+        value = left.pop()
+        size_bytes += sys.getsizeof(value)
+        if isinstance(value, dict):
+            left += value.keys()
+            left += value.values()
+        elif isinstance(value, list):
+            left += value
+    return size_bytes

@@ -140,6 +140,8 @@ class RunFacts:
     cancel: RunCancel | None = None
     error: Error | None = None
     end: SessionEnd | None = None
+    #: What it takes in memory, in bytes; found out once, by whoever keeps it.
+    size_bytes: int | None = None
 
     @property
     def turn(self) -> Turn | None:

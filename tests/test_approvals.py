@@ -5,6 +5,7 @@ Answers that race each other are in test_engine.py and in reliability/.
 
 import asyncio
 import json
+import sqlite3
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,9 @@ from typing import Any, Final
 import aiohttp
 import pytest
 
+from ownware_gateway import approvals
 from ownware_gateway.app import Gateway, steady_clock
+from ownware_gateway.log.sqlite import ReadConnection
 from ownware_gateway.sse import Frame
 from tests.gateway import (
     Gateways,
@@ -320,6 +323,68 @@ async def test_a_question_expires_on_time_though_the_wall_clock_jumped(
     assert answered["decidedBy"] == "timeout"
     assert time.monotonic() - began >= 0.3
     assert asked["expiresAt"] - asked["requestedAt"] <= 300
+
+
+async def test_a_question_that_expires_sooner_need_not_wait_for_an_earlier_one(
+    start_gateway: Gateways, http: Http, provider: Provider, make_profile: Callable[..., Path]
+) -> None:
+    up = await start_gateway()
+    waits = await ask(http, up, provider, "waits")
+    for number in range(3):
+        make_profile("hasty", security={"permissionMode": "ask", "hitlTimeoutMs": 20 + 20 * number})
+        asked = await ask(http, up, provider, f"{number}", profileId="hasty")
+        await run_events(http, up.url, asked["runId"])
+    assert (await get_json(http, up.url, "/approvals"))["items"] == [waits]
+
+
+async def test_many_questions_that_expired_together_all_get_their_answer(
+    start_gateway: Gateways,
+    http: Http,
+    provider: Provider,
+    clocks: Clocks,
+    make_profile: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(approvals, "EXPIRE_TOGETHER_MAX", 2)
+    up = await start_gateway()
+    waits = await ask(http, up, provider, "waits")
+    make_profile("hasty", security={"permissionMode": "ask", "hitlTimeoutMs": 60_000})
+    asked = [await ask(http, up, provider, f"{n}", profileId="hasty") for n in range(5)]
+    await start_gateway.stop(up)
+    clocks.wall_ms += 120_000
+    up = await start_gateway()
+    for question in asked:
+        said = await run_events(http, up.url, question["runId"])
+        assert said[-1]["status"] == "succeeded"
+    assert (await get_json(http, up.url, "/approvals"))["items"] == [waits]
+
+
+async def test_a_question_expires_though_the_log_could_not_be_read_when_its_time_was_over(
+    start_gateway: Gateways,
+    http: Http,
+    provider: Provider,
+    make_profile: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(approvals, "LOOK_S_MAX", 0.05)
+    in_time(make_profile, 200)
+    up = await start_gateway()
+    asked = await ask(http, up, provider)
+    failures = 3
+    execute = ReadConnection.execute
+
+    def fail(connection: ReadConnection, sql: str, parameters: Any = ()) -> Any:
+        nonlocal failures
+        if "granted IS NULL" in sql and time.time() * 1000 >= asked["expiresAt"] and failures:
+            failures -= 1
+            raise sqlite3.ProgrammingError
+        return execute(connection, sql, parameters)
+
+    monkeypatch.setattr(ReadConnection, "execute", fail)
+    said = await run_events(http, up.url, asked["runId"])
+    (answered,) = (event for event in said if event["type"] == "permission.response")
+    assert answered["decidedBy"] == "timeout"
+    assert not failures
 
 
 async def test_an_answer_after_a_suspend_that_took_too_long_comes_too_late(
