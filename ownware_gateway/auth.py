@@ -147,123 +147,102 @@ def protect(app: web.Application, access: Access, clock: Callable[[], float]) ->
     `clock` tells seconds since the epoch. The middleware that answers a GatewayError must be
     there before.
     """
-    app.middlewares.extend(guards(access, clock))
+    app.middlewares.append(guard(access, clock))
     app.on_response_prepare.append(response_headers(access))
 
 
-def guards(access: Access, clock: Callable[[], float]) -> list[Middleware]:
-    """Return the middlewares, outermost first."""
-    return [
-        host_guard(access),
-        proxy_guard(access),
-        origin_guard(access),
-        limits_guard(access, clock),
-        token_guard(access),
-    ]
+def guard(access: Access, clock: Callable[[], float]) -> Middleware:
+    """Return the middleware that lets a request in, or says why not.
+
+    One for all the checks: a stream that is open for days holds the frames of every middleware.
+    """
+    limits = _Limits(access, clock) if access.limited else None
+
+    @web.middleware
+    async def let_in(request: web.Request, handler: Handler) -> web.StreamResponse:
+        _check_host(access, request)
+        _check_proxy(access, request)
+        if (preflight := _check_origin(access, request)) is not None:
+            return preflight
+        if limits is not None:
+            await _check_limits(access, limits, request)
+        _check_token(access, request)
+        return await handler(request)
+
+    return let_in
 
 
-def host_guard(access: Access) -> Middleware:
+def _check_host(access: Access, request: web.Request) -> None:
     """Refuse a request for a host that is not served here."""
-
-    @web.middleware
-    async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
-        hosts = request.headers.getall(hdrs.HOST, [])
-        # A target in absolute form has a host of its own, which must be as good.
-        if len(hosts) != 1 or not all(serves(access, host) for host in (hosts[0], request.host)):
-            raise GatewayError(
-                "forbidden_host",
-                "This gateway does not serve the host of the request; "
-                "start it with --served-name if it should.",
-            )
-        return await handler(request)
-
-    return guard
+    hosts = request.headers.getall(hdrs.HOST, [])
+    # A target in absolute form has a host of its own, which must be as good.
+    if len(hosts) != 1 or not all(serves(access, host) for host in (hosts[0], request.host)):
+        raise GatewayError(
+            "forbidden_host",
+            "This gateway does not serve the host of the request; "
+            "start it with --served-name if it should.",
+        )
 
 
-def proxy_guard(access: Access) -> Middleware:
+def _check_proxy(access: Access, request: web.Request) -> None:
     """Refuse what came through a proxy, where the gateway was not told of one."""
-
-    @web.middleware
-    async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
-        if not access.exposed and not access.behind_proxy and _proxied(request):
-            raise GatewayError(
-                "forbidden_proxy",
-                "The request came through a proxy, which this gateway does not expect; "
-                "start it with --behind-proxy to ask every caller for the token.",
-            )
-        return await handler(request)
-
-    return guard
+    if not access.exposed and not access.behind_proxy and _proxied(request):
+        raise GatewayError(
+            "forbidden_proxy",
+            "The request came through a proxy, which this gateway does not expect; "
+            "start it with --behind-proxy to ask every caller for the token.",
+        )
 
 
-def origin_guard(access: Access) -> Middleware:
-    """Refuse a change that a foreign web page asks for; answer preflights."""
-
-    @web.middleware
-    async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
-        if hdrs.ORIGIN not in request.headers:
-            return await handler(request)
-        if (
-            request.method == hdrs.METH_OPTIONS
-            and hdrs.ACCESS_CONTROL_REQUEST_METHOD in request.headers
-        ):
-            return _preflight(access, request)
-        if request.method not in SAFE_METHODS and not (
-            _is_own_origin(access, request) or _is_allowed_origin(access, request)
-        ):
-            raise GatewayError(
-                "forbidden_origin",
-                "Web pages of this origin may not change anything here; "
-                "start the gateway with --cors-origin if they should.",
-            )
-        return await handler(request)
-
-    return guard
+def _check_origin(access: Access, request: web.Request) -> web.StreamResponse | None:
+    """Refuse a change that a foreign web page asks for; return the answer to a preflight."""
+    if hdrs.ORIGIN not in request.headers:
+        return None
+    if (
+        request.method == hdrs.METH_OPTIONS
+        and hdrs.ACCESS_CONTROL_REQUEST_METHOD in request.headers
+    ):
+        return _preflight(access, request)
+    if request.method not in SAFE_METHODS and not (
+        _is_own_origin(access, request) or _is_allowed_origin(access, request)
+    ):
+        raise GatewayError(
+            "forbidden_origin",
+            "Web pages of this origin may not change anything here; "
+            "start the gateway with --cors-origin if they should.",
+        )
+    return None
 
 
-def limits_guard(access: Access, clock: Callable[[], float]) -> Middleware:
-    """Refuse what is over the caller's limit. `clock` tells seconds since the epoch.
+async def _check_limits(access: Access, limits: "_Limits", request: web.Request) -> None:
+    """Refuse what is over the caller's limit.
 
     A caller is an address. Behind a proxy all requests come from the proxy's, so there all
     holders of the token are one caller, and all others another.
     """
-    if not access.limited:
-        return _pass
-    limits = _Limits(access, clock)
-
-    @web.middleware
-    async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
-        wait_s = await limits.hit(request)
-        if wait_s is not None:
-            # Only for those who may have the stream: nobody may guess tokens without a limit.
-            if not _reconnects(request) or identify(access, request) is None:
-                raise GatewayError(
-                    "rate_limited",
-                    f"Too many requests; try again in {wait_s:.0f} s.",
-                    retry_after_s=wait_s,
-                )
-            request[LIMITED] = wait_s
-        return await handler(request)
-
-    return guard
+    wait_s = await limits.hit(request)
+    if wait_s is None:
+        return
+    # Only for those who may have the stream: nobody may guess tokens without a limit.
+    if not _reconnects(request) or identify(access, request) is None:
+        raise GatewayError(
+            "rate_limited",
+            f"Too many requests; try again in {wait_s:.0f} s.",
+            retry_after_s=wait_s,
+        )
+    request[LIMITED] = wait_s
 
 
-def token_guard(access: Access) -> Middleware:
-    """Refuse who needs the token and does not show it; say who calls."""
-
-    @web.middleware
-    async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
-        caller = identify(access, request)
-        if caller is None and _path(request) not in OPEN_PATHS:
-            raise GatewayError(
-                "unauthorized",
-                "The token is missing or wrong; send it as 'Authorization: Bearer <token>'. "
-                "It is in the file gateway-token of the data directory.",
-            )
-        request[CALLER] = caller or "anonymous"
-        return await handler(request)
-
-    return guard
+def _check_token(access: Access, request: web.Request) -> None:
+    """Refuse who needs the token and does not show it; note who calls."""
+    caller = identify(access, request)
+    if caller is None and _path(request) not in OPEN_PATHS:
+        raise GatewayError(
+            "unauthorized",
+            "The token is missing or wrong; send it as 'Authorization: Bearer <token>'. "
+            "It is in the file gateway-token of the data directory.",
+        )
+    request[CALLER] = caller or "anonymous"
 
 
 def response_headers(access: Access) -> Signal:
@@ -372,11 +351,6 @@ def _limited_as(access: Access, request: web.Request) -> str:
         # One customer has a whole /64, and could be a new caller for ever.
         return str(ipaddress.IPv6Network((int(address), 64), strict=False))
     return str(address)
-
-
-@web.middleware
-async def _pass(request: web.Request, handler: Handler) -> web.StreamResponse:
-    return await handler(request)
 
 
 def _path(request: web.Request) -> str:

@@ -31,8 +31,14 @@ STALL_S: Final = 60.0
 #: What the kernel may buffer for one client, so that a reader that stalls costs little.
 SEND_BUFFER_BYTES: Final = 65_536
 
+#: What HTTP puts around one write at most, the headers of the response included.
+FRAMING_BYTES: Final = 2_048
+
 #: How often a client that does not take what it was sent is looked at.
 POLL_S: Final = 1.0
+
+#: How often it is looked whether clients have left: a stream that nobody reads holds its memory.
+LOOK_S: Final = 1.0
 
 #: A stalled connection is cut off when this long after its close it has still taken nothing.
 LINGER_S: Final = 5.0
@@ -178,25 +184,38 @@ class Streamer:
         self._leaving = leaving
         self._keep_alive_s = keep_alive_s
         self._stall_s = stall_s
+        self._clients: set[Client] = set()
+        self._looking: asyncio.TimerHandle | None = None
 
     async def respond(self, request: web.Request, plan: Plan) -> web.StreamResponse:
         """Stream to the client until the plan, the client or the gateway ends it."""
         client = await _open(request, self._stall_s)
+        self._clients.add(client)
+        if self._looking is None:
+            self._look()
         try:
             await client.send(_opening(plan))
             await self._send_all(client, plan)
             await client.response.write_eof()
         except Gone:
-            with contextlib.suppress(Slow, ConnectionError):
-                reset = {**plan.names, "reason": "thread_deleted"}
-                await client.send(sse.envelope("stream.reset", reset))
-                await client.send(sse.envelope("done", {"status": "deleted"}))
-                await client.response.write_eof()
+            await _say_gone(client, plan)
         except Slow:
             await client.give_up(plan)
         except ConnectionError:
             pass  # The client has left; that changes nothing for anybody else.
+        except asyncio.CancelledError:
+            if not client.missed():
+                raise
+        finally:
+            self._clients.discard(client)
         return client.response
+
+    def _look(self) -> None:
+        """End the streams of those who have left: an idle one would learn it at its next word."""
+        for client in self._clients:
+            client.miss()
+        loop = asyncio.get_running_loop()
+        self._looking = loop.call_later(LOOK_S, self._look) if self._clients else None
 
     async def refuse(
         self, request: web.Request, reason: ShutdownReason, retry_after_s: float
@@ -276,6 +295,24 @@ class Client:
         self.response = response
         self._transport = request.transport
         self._stall_s = stall_s
+        # How much an empty buffer takes without a wait.
+        high = self._transport.get_write_buffer_limits()[1] if self._transport else 0
+        self._room = high - FRAMING_BYTES
+        self._task = asyncio.current_task()
+        self._missed = False
+
+    def miss(self) -> None:
+        """Cancel the task that the client's stream runs in, once, if the client has left."""
+        gone = self._transport is None or self._transport.is_closing()
+        if gone and not self._missed and self._task is not None:
+            self._missed = True
+            self._task.cancel()
+
+    def missed(self) -> bool:
+        """Whether its task was cancelled for that; then it is not cancelled any more."""
+        if self._missed and self._task is not None:
+            self._task.uncancel()
+        return self._missed
 
     async def send(self, data: bytes) -> None:
         """Write, waiting for a client that is merely slow.
@@ -284,6 +321,10 @@ class Client:
         """
         if self._transport is None or self._transport.is_closing():
             raise ConnectionResetError
+        if len(data) <= self._room and not self._transport.get_write_buffer_size():
+            # Nothing can block, so nothing needs to be timed: nearly every write is like this.
+            await self.response.write(data)
+            return
         try:
             async with asyncio.timeout(min(POLL_S, self._stall_s)):
                 await self.response.write(data)
@@ -338,6 +379,14 @@ async def _open(request: web.Request, stall_s: float) -> Client:
     with contextlib.suppress(ConnectionError):
         await response.prepare(request)
     return Client(request, response, stall_s)
+
+
+async def _say_gone(client: Client, plan: Plan) -> None:
+    with contextlib.suppress(Slow, ConnectionError):
+        reset = {**plan.names, "reason": "thread_deleted"}
+        await client.send(sse.envelope("stream.reset", reset))
+        await client.send(sse.envelope("done", {"status": "deleted"}))
+        await client.response.write_eof()
 
 
 def _opening(plan: Plan) -> bytes:

@@ -21,6 +21,7 @@ import aiohttp
 import pytest
 from aiohttp import web
 
+from ownware_gateway import stream as streaming
 from ownware_gateway.errors import GatewayError
 from ownware_gateway.log import CHUNK_BYTES_MAX, Chunk, Head
 from ownware_gateway.log.sqlite import SqliteLog
@@ -397,7 +398,21 @@ async def test_one_who_leaves_is_let_go_at_the_next_byte(log: SqliteLog) -> None
             assert not served.finished.is_set()
         async with asyncio.timeout(PATIENCE_S):
             await served.finished.wait()
-    assert log._tails.get(STREAM) is None
+    log._tails.rest(STREAM)
+    assert log._tails.get(STREAM) is None, "nobody waits any more"
+
+
+async def test_one_who_leaves_an_idle_stream_is_missed_without_a_byte_to_send(
+    log: SqliteLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streaming, "LOOK_S", 0.02)
+    await whole_run(log, "run_1")
+    async with serve(log, keep_alive_s=3_600.0) as served:
+        async with raw_client(served.port) as client:
+            await receive(client, lambda data: b"replay.complete" in data)
+            assert not served.finished.is_set()
+        async with asyncio.timeout(PATIENCE_S):
+            await served.finished.wait()
 
 
 # -- a gateway's streams

@@ -291,13 +291,15 @@ class _Reply:
             raise ModelError(f"{who} asked for a tool without a name.", retry="provider_error")
         parts: list[Part] = [part for call in self._calls for part in call.show()]
         calls = [ToolCall(call.id, call.name, call.text()) for call in self._calls]
+        # Once: the conversation is kept in memory, and most of it is this text.
+        content, refusal = "".join(self._content), "".join(self._refusal)
         turn = AssistantTurn(
-            text="".join((*self._content, *self._refusal)),
+            text=content + refusal,
             thinking="".join(self._thinking),
             tool_calls=calls,
             dialect=DIALECT,
             model=self._model,
-            raw=self._raw(),
+            raw=self._raw(content, refusal),
         )
         return [*parts, Answer(turn, self._stop_reason(), self._usage)]
 
@@ -309,13 +311,12 @@ class _Reply:
             return "refusal"
         return _STOP.get(self.finish_reason, "end_turn")
 
-    def _raw(self) -> dict[str, Any]:
-        content = "".join(self._content)
+    def _raw(self, content: str, refusal: str) -> dict[str, Any]:
         raw: dict[str, Any] = {"role": "assistant", "content": content}
-        if self._calls or self._refusal:
+        if self._calls or refusal:
             raw["content"] = content or None
-        if self._refusal:
-            raw["refusal"] = "".join(self._refusal)
+        if refusal:
+            raw["refusal"] = refusal
         if self._thinking_field:
             raw[self._thinking_field] = "".join(self._thinking)
         if self._details:

@@ -209,6 +209,14 @@ class Native:
         """Stream one run, from its first event to its last."""
         if (limited := request.get(LIMITED)) is not None:
             return await self._streamer.refuse(request, "rate_limited", limited)
+        plan = await self._run_plan(request)
+        if plan is None:
+            # What tells an EventSource to stop coming back.
+            return web.Response(status=204)
+        return await self._streamer.respond(request, plan)
+
+    async def _run_plan(self, request: web.Request) -> Plan | None:
+        """Return what to stream of a run; None when an EventSource has all of it."""
         values = query(request, "since")
         run = await self._find_run(request)
         head = await self._log.head(run.stream)
@@ -222,13 +230,10 @@ class Native:
             except GatewayError as error:
                 reset = _reset(error, head)
             if reset is None and run.end_seq is not None and since >= run.end_seq:
-                # What tells an EventSource to stop coming back.
-                return web.Response(status=204)
+                return None
         elif "since" in values:
             since = _within(run, await self._place(run.stream, head, values["since"]))
-        return await self._streamer.respond(
-            request, Plan(run.stream, head, since, run, reset=reset)
-        )
+        return Plan(run.stream, head, since, run, reset=reset)
 
     # -- threads
 
@@ -326,13 +331,20 @@ class Native:
         """Stream a thread's agent: what has happened, then what happens."""
         if (limited := request.get(LIMITED)) is not None:
             return await self._streamer.refuse(request, "rate_limited", limited)
+        # Planned apart: what a stream's frames hold, it holds for as long as it is open.
+        return await self._streamer.respond(request, await self._thread_plan(request))
+
+    async def _thread_plan(self, request: web.Request) -> Plan:
         values = query(request, "since", "follow")
         stream, head = await self._find_stream(request)
         follow = flag(values, "follow", default=True)
-        return await self._follow(request, Plan(stream, head, head.earliest - 1, follow=follow))
+        return await self._from(request, Plan(stream, head, head.earliest - 1, follow=follow))
 
-    async def _follow(self, request: web.Request, plan: Plan) -> web.StreamResponse:
-        """Stream from where the request says; a header that comes by itself is never refused."""
+    async def _from(self, request: web.Request, plan: Plan) -> Plan:
+        """Return the plan from where the request says.
+
+        A header that comes by itself is never refused.
+        """
         last_event_id = request.headers.get("Last-Event-ID")
         if last_event_id:
             try:
@@ -343,7 +355,7 @@ class Native:
         elif "since" in request.query:
             since = await self._place(plan.stream, plan.head, request.query["since"])
             plan = replace(plan, since=since)
-        return await self._streamer.respond(request, plan)
+        return plan
 
     async def _place(self, stream: Stream, head: Head, text: str) -> int:
         """Return where a cursor says to read on; raises GatewayError when that is nowhere."""
@@ -445,7 +457,8 @@ class Native:
         query(request, "since")
         head = await self._log.head(Stream(INBOX))
         assert head is not None
-        return await self._follow(request, Plan(Stream(INBOX), head, head.earliest - 1))
+        plan = await self._from(request, Plan(Stream(INBOX), head, head.earliest - 1))
+        return await self._streamer.respond(request, plan)
 
     # -- what there is
 

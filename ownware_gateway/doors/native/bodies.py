@@ -36,7 +36,11 @@ class Body(BaseModel):
     """A request body: camelCase, no field that is not known, no value of another type."""
 
     model_config = ConfigDict(
-        alias_generator=to_camel, extra="forbid", strict=True, protected_namespaces=()
+        alias_generator=to_camel,
+        extra="forbid",
+        strict=True,
+        protected_namespaces=(),
+        defer_build=True,
     )
 
 
