@@ -7,7 +7,6 @@ import argparse
 import asyncio
 import contextlib
 import functools
-import importlib
 import json
 import logging
 import os
@@ -34,6 +33,10 @@ from ownware_gateway.masking import Masker
 from ownware_gateway.profile import AGENT_FILES, Profile
 from ownware_gateway.settings import LOG_LEVELS, Settings, load, variable
 from ownware_gateway.terminal import Terminal, note, printable, say
+
+#: Whoever reads the address may send a request at once, which should not have to wait until the
+#: profiles have been read; the rest of what `serve` prints follows after so long.
+SAY_MORE_S: Final = 0.02
 
 #: How many usable models `serve` names.
 MODELS_SHOWN_MAX: Final = 4
@@ -225,9 +228,9 @@ async def _serve_until_signal(settings: Settings, hide: Callable[[str], None]) -
         asyncio.get_running_loop().add_signal_handler(number, on_signal, number)
     async with gateway(settings) as up:
         hide(up.token or "")
-        _say_start(up, settings)
-        # Asking every server that may have models takes longer than the first answer may.
-        saying = asyncio.get_running_loop().create_task(_say_models(up))
+        where = f"everywhere, here at {up.url}" if up.access.exposed else up.url
+        say(f"Ownware Gateway {__version__} listens on {where}")
+        saying = asyncio.get_running_loop().create_task(_say_more(up, settings))
         await stop.wait()
         saying.cancel()
         await asyncio.wait({saying})
@@ -235,11 +238,15 @@ async def _serve_until_signal(settings: Settings, hide: Callable[[str], None]) -
     return 0
 
 
-def _say_start(up: Gateway, settings: Settings) -> None:
+async def _say_more(up: Gateway, settings: Settings) -> None:
+    await asyncio.sleep(SAY_MORE_S)
+    _say_what_is_there(up, settings)
+    await _say_models(up)
+
+
+def _say_what_is_there(up: Gateway, settings: Settings) -> None:
     folder = Path(settings.profiles).absolute()
     names = [profile.name for profile in up.profiles.all()]
-    where = f"everywhere, here at {up.url}" if up.access.exposed else up.url
-    say(f"Ownware Gateway {__version__} listens on {where}")
     _say_field("Profiles", f"{', '.join(names) or 'none'} (in {folder})")
     for item in up.profiles.broken():
         _say_field("", f"not usable: {item.message}")
@@ -275,16 +282,14 @@ def _usable_model(up: Gateway, profile: str) -> dict[str, str]:
 
 
 async def _say_models(up: Gateway) -> None:
-    # What is imported at its first use is better imported now: later, when every client has taken a
-    # file handle, there may be none left to read it with.
-    for name in ("genai_prices", "jsonschema"):
-        await asyncio.to_thread(importlib.import_module, name)
-    usable = [model for model in await up.catalogue.list() if model.has_credentials]
-    shown = ", ".join(model.id for model in usable[:MODELS_SHOWN_MAX])
+    usable = await up.catalogue.usable()
+    shown = ", ".join(usable[:MODELS_SHOWN_MAX])
     more = len(usable) - MODELS_SHOWN_MAX
     _say_field("Models", f"{shown} and {more} more" if more > 0 else shown)
     if len(usable) == 1:
         _say_field("", f"To use a real one set a key, such as {variable('openai_api_key')}.")
+    else:
+        _say_field("", "All of them, with prices: GET /api/v1/models")
 
 
 @contextlib.contextmanager

@@ -55,7 +55,7 @@ from ownware_gateway.run import (
     tool_end,
     turn_end,
 )
-from ownware_gateway.tools import clip
+from ownware_gateway.tools import clip, load_schemas
 from ownware_gateway.transcript import (
     NOTICE,
     Answer as StoredAnswer,
@@ -94,6 +94,8 @@ class Drive:
 
     async def go(self) -> None:
         """Take one step after the other. Raises Refused when the run is not ours any more."""
+        if self._facts.turn is not None and self._facts.turn.calls:
+            await load_schemas()
         while not self._leaving:
             step = next_step(
                 self._facts, self._calls.judge, self._limits, timed_out=self._timed_out
@@ -234,11 +236,13 @@ class Drive:
 
     def _store_deltas(self, turn: Turn, events: Sequence[Event]) -> Commit:
         """Append without folding: all that deltas say to the facts is that something was shown."""
-        turn.shown = True
+        # The first words are what a person waits for; those that follow may share a commit.
+        first, turn.shown = not turn.shown, True
         for event in events:
             if isinstance(event, ToolCallStart):
                 self._facts.apply(event)
-        return self._parts.log.append(Append(self._run.stream, self._guard, events))
+        append = Append(self._run.stream, self._guard, events, at_once=first)
+        return self._parts.log.append(append)
 
     async def _pace(self, commit: Commit, events: int) -> None:
         """Hold the model back when the disk does not keep up: two batches may be under way."""
@@ -266,7 +270,9 @@ class Drive:
     async def _keep(self, turn: Turn, answer: Answer) -> None:
         """Append that the answer is whole, and keep it exactly, before anything follows from it."""
         index = turn.index
-        usage = self._parts.catalogue.price(self._dispatch.id, answer.usage)
+        usage = await self._parts.catalogue.price(self._dispatch.id, answer.usage)
+        if answer.turn.tool_calls:
+            await load_schemas()
         turn.answer = StoredAnswer(answer.turn, answer.stop_reason, usage)
         events: list[Event] = []
         if answer.turn.thinking:

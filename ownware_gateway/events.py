@@ -64,6 +64,7 @@ class Wire(BaseModel):
         serialize_by_alias=True,
         frozen=True,
         protected_namespaces=(),
+        defer_build=True,  # Each at its first use: the start of the gateway needs none.
     )
 
 

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
-import yaml
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -58,6 +57,7 @@ class _Strict(BaseModel):
         extra="forbid",
         frozen=True,
         strict=True,
+        defer_build=True,
     )
 
 
@@ -93,9 +93,9 @@ class Profile(_Strict):
     max_tokens: int | None = Field(default=None, gt=0)
     max_turns: int = Field(default=100, gt=0, le=10_000)
     thinking: Literal["off", "low", "medium", "high"] | None = None
-    tools: Tools = Tools()
-    security: Security = Security()
-    execution: Execution = Execution()
+    tools: Tools = Field(default_factory=Tools)
+    security: Security = Field(default_factory=Security)
+    execution: Execution = Field(default_factory=Execution)
     system_prompt: str = ""
     soul: str = Field(default="", exclude=True)
 
@@ -256,15 +256,24 @@ def _parse(name: str, text: str) -> Any:
     """Return what a file holds. Raises ValueError: what it is not, and where."""
     kind = "JSON" if name.endswith(".json") else "YAML"
     try:
-        return json.loads(text) if kind == "JSON" else yaml.safe_load(text)
+        return json.loads(text) if kind == "JSON" else _parse_yaml(text)
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}, column {error.colno}"
         raise ValueError(f"JSON: {error.msg} at {where}") from error
     except RecursionError as error:
         raise ValueError(f"{kind} that can be used: it is nested too deep") from error
     # A number or a date that Python cannot hold is a plain ValueError in both formats.
-    except (yaml.YAMLError, ValueError) as error:
+    except ValueError as error:
         raise ValueError(f"{kind}: {' '.join(str(error).split())}".rstrip(".")) from error
+
+
+def _parse_yaml(text: str) -> Any:
+    import yaml
+
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(str(error)) from error
 
 
 def explain(error: ValidationError, model: type[BaseModel]) -> str:

@@ -1,5 +1,8 @@
 """What a clone must be: whole, the same everywhere, and free of the machine that it was made on."""
 
+import contextlib
+import http.client
+import importlib.util
 import json
 import os
 import re
@@ -9,12 +12,14 @@ import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from ownware_gateway import __version__
+from tests.gateway import FAKE_KEY
 
 ROOT = Path(__file__).parent.parent
 PYPROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
@@ -31,7 +36,20 @@ LOCKED = re.compile(
 #: Folders that no clone has. The other folders of a person's machine begin like these.
 MACHINE = re.compile(r"(?<![\w.~}\])])/(?:root|work|opt|home/\w+|Users/\w+)/\w|file:/{3}")
 
-LAZY = ("genai_prices", "jsonschema", "limits")
+#: What a gateway imports when it is first used; the last line are packages that it may talk to
+#: models or tools with one day, and that are large.
+LAZY = {
+    *("genai_prices", "jsonschema", "limits", "yaml"),
+    *("anthropic", "google", "httpx", "mcp", "ollama", "openai", "pydantic_ai", "requests"),
+}
+
+#: The packages that a start does import, with what they need themselves.
+LOADED = {
+    *("aiohttp", "aiohappyeyeballs", "aiosignal", "attr", "frozenlist", "idna", "multidict"),
+    *("propcache", "yarl"),
+    *("pydantic", "pydantic_core", "annotated_types", "typing_extensions", "typing_inspection"),
+    *("aiosqlite", "platformdirs", "ownware_gateway"),
+}
 
 
 def files() -> Iterator[Path]:
@@ -134,11 +152,45 @@ print(json.dumps(failed))
     assert json.loads(run_python(code, *modules)) == {}
 
 
-def test_a_start_imports_nothing_that_it_does_not_need() -> None:
-    code = "import json, sys, ownware_gateway.app; print(json.dumps(list(sys.modules)))"
-    loaded = set(json.loads(run_python(code)))
+def imported(log: str) -> set[str]:
+    """The modules in what `-X importtime` says."""
+    lines = [line.split("|") for line in log.splitlines() if line.startswith("import time:")]
+    return {line[2].strip() for line in lines}
+
+
+def test_a_start_imports_nothing_that_it_does_not_need(tmp_path: Path) -> None:
+    """The start of a gateway with a key, up to all that it prints and the answer to a request."""
+    python = (sys.executable, "-X", "importtime")
+    bare = subprocess.run([*python, "-c", ""], capture_output=True, text=True, timeout=25)
+    log = tmp_path / "log"
+    folders = ("--data-dir", str(tmp_path / "data"), "--profiles", str(ROOT / "profiles"))
+    with log.open("w") as errors:
+        gateway = subprocess.Popen(
+            [*python, "-m", "ownware_gateway", "serve", "--port", "0", *folders],
+            cwd=ROOT,
+            env={**os.environ, "OPENAI_API_KEY": FAKE_KEY, "OLLAMA_HOST": "127.0.0.1:1"},
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+        )
+    try:
+        assert gateway.stdout is not None
+        address = urlsplit(gateway.stdout.readline().split()[-1]).netloc
+        assert any(line.startswith("Models") for line in iter(gateway.stdout.readline, ""))
+        client = http.client.HTTPConnection(address, timeout=10)
+        with contextlib.closing(client):
+            client.request("GET", "/api/v1/health")
+            assert client.getresponse().status == 200
+    finally:
+        gateway.terminate()
+        gateway.communicate(timeout=25)
+    loaded = imported(log.read_text("utf-8")) - imported(bare.stderr)
     assert "ownware_gateway.engine" in loaded
-    assert loaded.isdisjoint(LAZY)
+    assert loaded & LAZY == set()
+    packages = {name.partition(".")[0] for name in loaded} - sys.stdlib_module_names - LOADED
+    # What was looked for and is not installed stands in the log as well; the first is Python's own.
+    new = {name for name in packages if importlib.util.find_spec(name) is not None}
+    assert {name for name in new if not name.startswith("_sysconfigdata")} == set()
 
 
 def test_the_version_is_the_same_everywhere() -> None:

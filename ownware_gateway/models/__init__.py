@@ -209,8 +209,18 @@ class Dispatch:
 class Catalogue(Protocol):
     """All models that this gateway can reach."""
 
+    async def usable(self) -> Sequence[str]:
+        """Return the ids of some models that can be used now, for a person to choose from.
+
+        The built-in one is the last. Local servers are probed now; it takes nothing else.
+        """
+        ...
+
     async def list(self) -> list[ModelInfo]:
-        """Return every known model, the built-in one last; local servers are probed now."""
+        """Return every known model, the built-in one last; local servers are probed now.
+
+        Raises GatewayError `overloaded` when what is known of them cannot be read now.
+        """
         ...
 
     def resolve(self, model_id: str) -> Dispatch:
@@ -229,7 +239,7 @@ class Catalogue(Protocol):
         """
         ...
 
-    def price(self, model_id: str, usage: Usage) -> Usage:
+    async def price(self, model_id: str, usage: Usage) -> Usage:
         """Return the usage with `model` and `cost_usd` filled in; an unknown price stays None."""
         ...
 

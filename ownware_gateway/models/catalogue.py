@@ -1,7 +1,8 @@
 """Which models there are, which of them can be used now, and what they cost.
 
 Cloud providers are known from a table here and from the price data of `genai-prices`, which is
-imported on first use and never on the event loop's thread; local servers are asked what they have.
+imported when a price or the whole list is first asked for, and not on the event loop's thread;
+local servers are asked what they have.
 """
 
 import asyncio
@@ -9,7 +10,6 @@ import dataclasses
 import difflib
 import json
 import re
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -33,6 +33,9 @@ PROBE_TIMEOUT_S: Final = 1.0
 PROBE_KEPT_S: Final = 5.0
 PROBE_BYTES_MAX: Final = 1_048_576
 SERVED_MAX: Final = 500
+
+#: When to ask again for a list that could not be made.
+PRICES_AGAIN_S: Final = 5.0
 
 #: The most of a model string that an error repeats.
 QUOTE_LENGTH_MAX: Final = 100
@@ -200,15 +203,37 @@ class KnownModels:
         self._listed: Sequence[ModelInfo] | None = None
         self._probing = asyncio.Lock()
         self._probed: tuple[float, Mapping[str, Sequence[_Served]]] | None = None
-        self._warm = False
+        self._priced = False
+
+    async def usable(self) -> Sequence[str]:
+        """Return ids of models that can be used now, the built-in one last.
+
+        Of a cloud provider that is the default alone: it takes no price data to know that.
+        """
+        keyed = [p for p in PROVIDERS if p.default and not self._missing(p)]
+        served = await self._served()
+        return [
+            *(f"{provider.id}:{provider.default}" for provider in keyed),
+            *(f"{server}:{model.name}" for server, models in served.items() for model in models),
+            DEMO_ID,
+        ]
 
     async def list(self) -> list[ModelInfo]:
         """Return the models: those that can be used now first, the built-in one last.
 
-        A local server that does not answer is left out: what it has is not known then.
+        A local server that does not answer is left out: what it has is not known then. Raises
+        GatewayError `overloaded` when the price data cannot be read.
         """
         if self._listed is None:
-            self._listed = await asyncio.to_thread(self._cloud_models)
+            try:
+                self._listed = await asyncio.to_thread(self._cloud_models)
+            except (OSError, ImportError) as error:
+                raise GatewayError(
+                    "overloaded",
+                    "The price data cannot be read now, for want of a file handle perhaps; "
+                    "try again.",
+                    retry_after_s=PRICES_AGAIN_S,
+                ) from error
         served = [
             ModelInfo(
                 id=f"{provider}:{model.name}",
@@ -251,8 +276,6 @@ class KnownModels:
                 f"{variable(missing)} is not set, and {provider.id}: models need it. Set it and "
                 f"start the gateway again, or choose another model, such as {DEMO_ID}.",
             )
-        if provider is not None and not provider.probe:
-            self._warm_prices()
         return Dispatch(model_id, name, self._models[provider.id if provider else DEMO])
 
     async def stand_in(self, model_id: str) -> Dispatch:
@@ -277,12 +300,18 @@ class KnownModels:
         reason = f"{variable(missing)} is not set, so {what} answers instead of {model_id}."
         return dataclasses.replace(self.resolve(instead), fallback_reason=reason)
 
-    def price(self, model_id: str, usage: Usage) -> Usage:
+    async def price(self, model_id: str, usage: Usage) -> Usage:
         """Return the usage with `model` and `cost_usd` filled in; an unknown price stays None.
 
         Models on one's own machine have no price per token: they cost 0.
         """
-        return usage.model_copy(update={"model": model_id, "cost_usd": _cost_usd(model_id, usage)})
+        provider_id, _, name = model_id.partition(":")
+        if provider_id in FREE:
+            # Ollama passes models with such names on to its cloud, which has other prices.
+            cost = None if name.endswith("cloud") else 0.0
+        else:
+            cost = await self._price_usd(provider_id, name, usage)
+        return usage.model_copy(update={"model": model_id, "cost_usd": cost})
 
     async def close(self) -> None:
         """Close every connection to a provider."""
@@ -312,11 +341,18 @@ class KnownModels:
             silence_s=self._settings.model_silence_s,
         )
 
-    def _warm_prices(self) -> None:
-        # The first answer of a cloud model has a price; by then its data is loaded.
-        if not self._warm:
-            self._warm = True
-            threading.Thread(target=_price_data, name="prices").start()
+    async def _price_usd(self, provider_id: str, name: str, usage: Usage) -> float | None:
+        try:
+            if self._priced:
+                return _price_usd(provider_id, name, usage)
+            # The price data is read at the first use, which takes a while.
+            cost = await asyncio.to_thread(_price_usd, provider_id, name, usage)
+        except (OSError, ImportError):
+            # There may be no file handle left for that now. An answer is worth more than its
+            # price, and the next one asks again.
+            return None
+        self._priced = True
+        return cost
 
     def _cloud_models(self) -> Sequence[ModelInfo]:
         known = {provider.id: provider for provider in _price_data()}
@@ -445,18 +481,10 @@ def _base(price: Any) -> float | None:
     return None if price is None else float(getattr(price, "base", price))
 
 
-def _cost_usd(model_id: str, usage: Usage) -> float | None:
-    provider_id, _, name = model_id.partition(":")
-    if provider_id in FREE:
-        # Ollama passes models with such names on to its cloud, which has other prices.
-        return None if name.endswith("cloud") else 0.0
-    return _price_usd(provider_id, name, usage)
-
-
 def _price_usd(provider_id: str, name: str, usage: Usage) -> float | None:
-    try:
-        from genai_prices import Usage as Priced, calc_price
+    from genai_prices import Usage as Priced, calc_price
 
+    try:
         priced = Priced(
             input_tokens=usage.input_tokens,
             output_tokens=usage.output_tokens,
@@ -466,8 +494,4 @@ def _price_usd(provider_id: str, name: str, usage: Usage) -> float | None:
         return float(calc_price(priced, name, provider_id=provider_id).total_price)
     except (LookupError, ValueError):
         # The model is not in the data, or the provider's figures contradict each other.
-        return None
-    except (OSError, ImportError):
-        # The data is read at the first use, and there may be no file handle left for that. An
-        # answer is worth more than its price.
         return None

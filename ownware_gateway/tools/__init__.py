@@ -1,10 +1,12 @@
 """What an agent may do: the contract of a tool."""
 
+import asyncio
 import json
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 #: Most bytes of a tool's output that reach the log and the model; the rest is cut and said so.
 OUTPUT_LIMIT_BYTES: Final = 65_536
@@ -72,18 +74,43 @@ def clip(text: str, limit_bytes: int = OUTPUT_LIMIT_BYTES) -> Output:
     )
 
 
+class _Schemas:
+    """What knows JSON Schema: imported for the first call, since it is large and slow to come."""
+
+    validator: ClassVar[Any] = None
+
+    @classmethod
+    def load(cls) -> None:
+        import jsonschema
+
+        cls.validator = jsonschema.Draft202012Validator
+
+
+async def load_schemas() -> None:
+    """Load what `parse_arguments` needs, away from the event loop, which it would hold up."""
+    if _Schemas.validator is None:
+        # There may be no file handle left to read it with; parse_arguments tries again.
+        with suppress(OSError, ImportError):
+            await asyncio.to_thread(_Schemas.load)
+
+
 def parse_arguments(tool: Tool, text: str) -> dict[str, Any]:
     """Return the arguments that a model wrote for a tool, checked against its schema.
 
     Raises ToolFailed with what is wrong and where, for the model to correct.
     """
-    import jsonschema
-
+    if _Schemas.validator is None:
+        try:
+            _Schemas.load()
+        except (OSError, ImportError) as error:
+            raise ToolFailed(
+                f"The arguments of {tool.name} cannot be checked now: {error}. Try again."
+            ) from None
     try:
         arguments = json.loads(text or "{}")
     except (ValueError, RecursionError) as error:
         raise ToolFailed(f"The arguments of {tool.name} are not JSON: {error}.") from None
-    validator = jsonschema.Draft202012Validator(tool.input_schema)
+    validator = _Schemas.validator(tool.input_schema)
     problems = sorted(validator.iter_errors(arguments), key=lambda problem: list(problem.path))
     if problems:
         said = "; ".join(f"{item.json_path}: {_said(item)}" for item in problems[:5])

@@ -83,6 +83,18 @@ async def test_the_default_of_a_provider_is_listed_once_and_with_its_price(name:
     assert default.context_window >= 100_000
 
 
+async def test_what_can_be_used_at_once_is_known_without_the_list(provider: Provider) -> None:
+    provider.models = ["qwen3:8b", "llama3.2"]
+    keys = {key: KEY for _, key in CLOUD}
+    models = KnownModels(settings(**keys, ollama_host=provider.url))
+    usable = await models.usable()
+    *defaults, first, second, last = usable
+    assert [name.partition(":")[0] for name in defaults] == [name for name, _ in CLOUD]
+    assert (first, second, last) == ("ollama:qwen3:8b", "ollama:llama3.2", DEMO_ID)
+    listed = {model.id for model in await models.list() if model.has_credentials}
+    assert listed.issuperset(usable)
+
+
 async def test_the_list_is_of_current_models_that_chat() -> None:
     models = await KnownModels(settings()).list()
     ids = [model.id for model in models]
@@ -380,7 +392,7 @@ async def test_a_known_models_price_counts_what_the_cache_held() -> None:
         cache_read_tokens=500_000,
         cache_creation_tokens=100_000,
     )
-    found = KnownModels(settings()).price("anthropic:claude-sonnet-5-5", usage)
+    found = await KnownModels(settings()).price("anthropic:claude-sonnet-5-5", usage)
     assert found.model == "anthropic:claude-sonnet-5-5"
     assert found.input_tokens == 1_000_000
     # $2 a million in, $10 out, $0.10 read from the cache, $2.50 written to it.
@@ -390,41 +402,87 @@ async def test_a_known_models_price_counts_what_the_cache_held() -> None:
 @pytest.mark.parametrize("model_id", ["openai:brand-new", "elsewhere:gpt-5.5", "ollama:big:cloud"])
 async def test_an_unknown_price_is_none(model_id: str) -> None:
     usage = Usage(input_tokens=10, output_tokens=10)
-    found = KnownModels(settings()).price(model_id, usage)
+    found = await KnownModels(settings()).price(model_id, usage)
     assert (found.model, found.cost_usd) == (model_id, None)
 
 
 async def test_figures_that_contradict_each_other_have_no_price() -> None:
     usage = Usage(input_tokens=1, cache_read_tokens=10)
-    assert KnownModels(settings()).price("openai:gpt-5.5", usage).cost_usd is None
+    found = await KnownModels(settings()).price("openai:gpt-5.5", usage)
+    assert found.cost_usd is None
 
 
 @pytest.mark.parametrize("model_id", [DEMO_ID, "ollama:qwen3:8b", "local:mine"])
 async def test_what_runs_here_costs_nothing(model_id: str) -> None:
-    found = KnownModels(settings()).price(model_id, Usage(input_tokens=10, output_tokens=10))
+    found = await KnownModels(settings()).price(model_id, Usage(input_tokens=10, output_tokens=10))
     assert found.cost_usd == 0.0
 
 
 # -- the price data is big
 
 
-def test_the_price_data_is_not_imported_until_it_is_needed() -> None:
-    code = """
-import sys
+def run_python(code: str) -> None:
+    """Run it in a fresh interpreter, where nothing is imported yet."""
+    head = """
+import asyncio, resource, sys, threading
 from ownware_gateway.models.catalogue import KnownModels
 from ownware_gateway.settings import Settings
 from ownware_gateway.events import Usage
-models = KnownModels(Settings(openai_api_key="k"))
-models.resolve("demo:assistant")
-models.resolve("ollama:any")
-models.price("demo:assistant", Usage())
-assert "genai_prices" not in sys.modules
-models.resolve("openai:gpt-5.5")
-import threading
-[thread.join() for thread in threading.enumerate() if thread.name == "prices"]
-assert "genai_prices.data" in sys.modules
+models = KnownModels(Settings(openai_api_key="k", ollama_host="127.0.0.1:1"))
+used = Usage(input_tokens=1_000_000)
 """
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=20)
+    subprocess.run([sys.executable, "-c", head + code], check=True, timeout=20)
+
+
+def test_the_price_data_is_not_imported_until_a_price_is_needed() -> None:
+    run_python("""
+async def main():
+    models.resolve("openai:gpt-5.5")
+    assert await models.usable() == ["openai:gpt-5.5", "demo:assistant"]
+    await models.price("demo:assistant", used)
+    await models.price("ollama:any", used)
+    assert "genai_prices" not in sys.modules
+    assert (await models.price("openai:gpt-5.5", used)).cost_usd
+    assert "genai_prices" in sys.modules
+
+asyncio.run(main())
+""")
+
+
+def test_the_price_data_is_not_imported_on_the_event_loops_thread() -> None:
+    run_python("""
+class Watch:
+    threads = set()
+
+    def find_spec(self, name, *_):
+        if name.startswith("genai_prices"):
+            self.threads.add(threading.current_thread())
+
+sys.meta_path.insert(0, Watch())
+asyncio.run(models.price("openai:gpt-5.5", used))
+assert Watch.threads and threading.main_thread() not in Watch.threads
+""")
+
+
+def test_without_a_file_handle_a_price_is_not_known_and_with_one_it_is() -> None:
+    run_python("""
+async def main():
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+    unpriced = await models.price("openai:gpt-5.5", used)
+    assert (unpriced.model, unpriced.cost_usd) == ("openai:gpt-5.5", None)
+    try:
+        await models.list()
+    except Exception as error:
+        assert error.code == "overloaded", error
+    else:
+        raise AssertionError("a list without prices")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert (await models.price("openai:gpt-5.5", used)).cost_usd
+    assert len(await models.list()) > 50
+
+asyncio.run(main())
+""")
 
 
 class Served:
