@@ -19,12 +19,12 @@ COMPILE := $(UV) pip compile pyproject.toml --quiet --no-config --upgrade \
 	--no-header --no-annotate --no-emit-index-url --no-emit-find-links
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test check format live browser soak lock clean
+.PHONY: help serve test check format live browser soak bench lock clean
 
 help: ## Say what there is to make.
 	@sed -n 's/^\([a-z ]*\):.*## /  make \1\t/p' Makefile | expand -t 30
 
-serve: $(VENV)/serve.stamp ## Install what is locked, then run the gateway.
+serve: $(VENV)/serve.stamp $(VENV)/compiled.stamp ## Install what is locked, then run the gateway.
 	@$(BIN)/ownware serve $(ARGS)
 
 test: $(VENV)/test.stamp ## Install what is locked, then run the tests.
@@ -43,6 +43,9 @@ format: $(VENV)/test.stamp ## Format, and repair what can be repaired.
 live browser soak: $(VENV)/test.stamp ## Run the tests that are left out otherwise.
 	@$(BIN)/python -m pytest -m $@ $(ARGS)
 
+bench: $(VENV)/test.stamp ## Measure how fast it is, beside what the machine can do.
+	@$(BIN)/python -m tests.bench $(ARGS)
+
 lock: ## Make the lock files anew (needs uv).
 	$(COMPILE) --group build --output-file requirements.lock
 	$(COMPILE) --group build --group test --group check --constraint requirements.lock \
@@ -54,6 +57,12 @@ clean: ## Remove all that was installed or cached.
 
 $(BIN)/pip:
 	$(PYTHON) -m venv $(VENV)
+
+# As pip does with what it installs. Python does it by itself, but not where it is told to write
+# nothing (PYTHONDONTWRITEBYTECODE, as in many images): every start would then compile all anew.
+$(VENV)/compiled.stamp: $(wildcard $(addprefix ownware_gateway/,*.py */*.py */*/*.py)) | $(BIN)/pip
+	@$(BIN)/python -m compileall -q ownware_gateway
+	@touch $@
 
 # The project is installed in place: what runs is the code of the clone. A stamp is touched last, so
 # that an installation that broke off is taken up again.
