@@ -339,13 +339,14 @@ def _events(parts: Sequence[Part], turn: Turn) -> tuple[list[Event], Answer | No
     events: list[Event] = []
     answer: Answer | None = None
     for part in parts:
-        match part:
-            case Text(text):
-                events.append(TextDelta(text=text, turn_index=index))
-            case Thinking(text):
-                events.append(ThinkingDelta(text=text, turn_index=index))
-            case CallStart(call_id, name):
-                events.append(ToolCallStart(tool_call_id=call_id, tool_name=name, turn_index=index))
-            case Answer():
-                answer = part
+        if isinstance(part, Text):
+            events.append(TextDelta(text=part.text, turn_index=index))
+        elif isinstance(part, Thinking):
+            events.append(ThinkingDelta(text=part.text, turn_index=index))
+        elif isinstance(part, CallStart):
+            events.append(
+                ToolCallStart(tool_call_id=part.id, tool_name=part.name, turn_index=index)
+            )
+        else:
+            answer = part
     return events, answer

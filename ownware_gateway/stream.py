@@ -237,7 +237,7 @@ class Streamer:
         following = follow(
             self._log, plan.stream, after, leaving=self._leaving, silence_s=self._keep_alive_s
         )
-        async with contextlib.aclosing(following):
+        try:
             async for item in following:
                 look = False
                 match item:
@@ -250,11 +250,15 @@ class Streamer:
                         await client.send(await self._replay_complete(plan, after))
                     case Silence():
                         await client.send(await self._sign_of_life())
+                # It may be large, and the next one long in coming.
+                del item
                 if look and await self._is_over(plan, after):
                     if not caught_up:
                         await client.send(await self._replay_complete(plan, after))
                     await client.send(_DONE)
                     return
+        finally:
+            await following.aclose()
         await client.send(_shutdown(plan.names, "gateway_shutdown", SHUTDOWN_RETRY_MS))
 
     async def _sign_of_life(self) -> bytes:
@@ -290,6 +294,8 @@ class Streamer:
 
 class Client:
     """One client's connection, which may be slow, stall, or go away."""
+
+    __slots__ = ("_missed", "_room", "_stall_s", "_task", "_transport", "response")
 
     def __init__(self, request: web.Request, response: web.StreamResponse, stall_s: float) -> None:
         self.response = response

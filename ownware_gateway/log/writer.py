@@ -33,14 +33,19 @@ from ownware_gateway.log.upkeep import rejoin
 #: One commit takes at most so much, so that nobody waits long behind a burst.
 GROUP_BYTES_MAX: Final = 4_194_304
 
-#: Deltas come out at most this often: too short for a person to see, long enough for several runs'
-#: deltas, and several of one fast run, to share a commit and a write to each follower.
-DELTAS_EVERY_S: Final = 0.015
+#: Deltas come out at most this often, rather seldom than often: too short for a person to see, long
+#: enough for several runs' deltas to share a commit.
+DELTAS_EVERY_S_MIN: Final = 0.010
+DELTAS_EVERY_S_MAX: Final = 0.020
+
+#: In between, about so many deltas of each run are to come out together: they share a write to each
+#: follower, which is what costs most.
+TOGETHER: Final = 2.0
 
 #: With very many followers the time between is this many times what waking all of them took last,
 #: up to a maximum, so that most of the event loop's time is left for everything else.
 REST_RATIO: Final = 2.0
-DELTAS_EVERY_S_MAX: Final = 0.1
+REST_S_MAX: Final = 0.1
 
 #: So much is enough company: it is committed at once.
 COMPANY_BYTES: Final = 262_144
@@ -115,6 +120,7 @@ class Writer:
         self._pending_bytes = 0
         self._urgent = False
         self._pause: asyncio.TimerHandle | None = None
+        self._every_s = DELTAS_EVERY_S_MAX
         self._closing = False
         self._flush: asyncio.Task[None] | None = None
         self._marker: Marker | None = None
@@ -284,12 +290,15 @@ class Writer:
         for work, commit in group:
             self._publish(work)
             commit.settle()
-        deltas = any(work.patient for work, _ in group)
+        deltas = [work for work, _ in group if work.patient]
         if deltas:
-            self._rest(DELTAS_EVERY_S)
+            streams = {stream for work in deltas for stream, _ in work.appended}
+            every_s = self._every_s * TOGETHER * len(streams) / len(deltas)
+            self._every_s = min(max(every_s, DELTAS_EVERY_S_MIN), DELTAS_EVERY_S_MAX)
+            self._rest(self._every_s)
             # Called when everyone who was woken just now has had a turn.
             loop.call_soon(self._rest_longer, began_s)
-        return deltas
+        return bool(deltas)
 
     def _rest(self, seconds: float) -> None:
         """Let deltas collect for a while."""
@@ -299,8 +308,8 @@ class Writer:
     def _rest_longer(self, began_s: float) -> None:
         """Make the pause fit what the last deltas cost, unless it is over already."""
         took_s = asyncio.get_running_loop().time() - began_s
-        if self._pause is not None and took_s * REST_RATIO > DELTAS_EVERY_S:
-            self._rest(min(took_s * REST_RATIO, DELTAS_EVERY_S_MAX))
+        if self._pause is not None and took_s * REST_RATIO > self._every_s:
+            self._rest(min(took_s * REST_RATIO, REST_S_MAX))
 
     def _pause_over(self) -> None:
         self._pause = None

@@ -341,6 +341,12 @@ class _Reply:
                 self.finish_reason = str(reason)
 
     def _delta(self, delta: dict[str, Any], parts: list[Part]) -> None:
+        words = delta.get("content")
+        if len(delta) == 1 and words and isinstance(words, str):
+            # Nearly every delta is nothing but this.
+            self._content.append(words)
+            parts.append(Text(words))
+            return
         self._think(delta, parts)
         if content := _words(delta.get("content")):
             self._content.append(content)

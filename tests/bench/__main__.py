@@ -108,7 +108,7 @@ async def measure(names: Sequence[str]) -> dict[str, list[Row]]:
         with tempfile.TemporaryDirectory() as folder:
             benchmark = {**USUAL, **LONG}[name]
             # What growth builds takes minutes and is used again.
-            where = default_folder() if name == "growth" else Path(folder) / name
+            where = default_folder() if name == "growth" else Path(folder)
             measured[name] = await benchmark(where)
     return measured
 

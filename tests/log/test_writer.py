@@ -16,7 +16,7 @@ HOUR_S = 3_600.0
 @pytest.fixture
 async def log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[SqliteLog]:
     """A log with a run under way, in which deltas wait for an hour unless something hurries."""
-    monkeypatch.setattr(writer_module, "DELTAS_EVERY_S", HOUR_S)
+    monkeypatch.setattr(writer_module, "DELTAS_EVERY_S_MIN", HOUR_S)
     monkeypatch.setattr(writer_module, "DELTAS_EVERY_S_MAX", HOUR_S)
     log = await SqliteLog.open(tmp_path / "gateway.db", Clock())
     await log.append(starts("run_1")).wait()
