@@ -29,7 +29,7 @@ from ownware_gateway.models.catalogue import DEMO_ID as DEMO_ID, KnownModels
 from ownware_gateway.profile import Profiles
 from ownware_gateway.settings import Settings, child_environment
 from ownware_gateway.stream import Streamer
-from ownware_gateway.tools import Tool, files, search, shell
+from ownware_gateway.tools import Tool, files, search, shell, todo, web as web_tools
 
 #: How long the steps under way may take when the gateway leaves.
 GRACE_S: Final = 5.0
@@ -87,9 +87,10 @@ def new_id(kind: str) -> str:
     return f"{kind}_{secrets.token_hex(10)}"
 
 
-def tools() -> dict[str, Tool]:
-    """Return every tool there is, by name."""
-    return {tool.name: tool for tool in (*files.TOOLS, *search.TOOLS, *shell.TOOLS)}
+def tools(settings: Settings | None = None) -> dict[str, Tool]:
+    """Return every tool there is, by name. Raises BootError for a setting of theirs."""
+    local = (*files.TOOLS, *search.TOOLS, *shell.TOOLS, *todo.TOOLS)
+    return {tool.name: tool for tool in (*local, *web_tools.tools(settings or Settings()))}
 
 
 @contextlib.asynccontextmanager
@@ -107,7 +108,8 @@ async def gateway(settings: Settings) -> AsyncIterator[Gateway]:
         workspace = _workspace(settings, data_dir)
         listener = _listen(settings)
         stack.callback(listener.close)
-        profiles = Profiles(Path(settings.profiles), tools())
+        known = tools(settings)
+        profiles = Profiles(Path(settings.profiles), known)
         catalogue = KnownModels(settings)
         stack.push_async_callback(catalogue.close)
         log = await SqliteLog.open(data_dir.database, clock_ms)
@@ -116,7 +118,12 @@ async def gateway(settings: Settings) -> AsyncIterator[Gateway]:
         parts = Parts(
             log=log,
             catalogue=catalogue,
-            tools=tools(),
+            # A profile may name a tool that is not set up here; no agent has it.
+            tools={
+                name: tool
+                for name, tool in known.items()
+                if name != "web_search" or settings.search_provider
+            },
             masker=masker,
             workspace=workspace,
             environment=child_environment(settings),

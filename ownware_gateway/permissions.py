@@ -11,8 +11,8 @@ from ownware_gateway.profile import Profile
 from ownware_gateway.tools import Tool
 
 #: What each preset of a profile contains, by tool name; `full` is every tool there is.
-READONLY: Final = frozenset({"read_file", "list_files", "glob", "grep"})
-CODING: Final = READONLY | {"write_file", "edit_file", "shell_execute"}
+READONLY: Final = frozenset({"read_file", "list_files", "glob", "grep", "web_search", "todo_write"})
+CODING: Final = READONLY | {"write_file", "edit_file", "shell_execute", "web_fetch"}
 _PRESETS: Final = {"coding": CODING, "readonly": READONLY, "none": frozenset[str]()}
 
 

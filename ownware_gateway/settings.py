@@ -85,6 +85,14 @@ class Settings:
     tool_env: tuple[str, ...] = _setting(
         (), "Names of variables that tools' child processes get too."
     )
+    fetch_private: tuple[str, ...] = _setting(
+        (), "Private networks, and hosts with a port, that web_fetch may reach."
+    )
+    search_provider: str = _setting("", "Who web_search asks: searxng, brave or tavily.")
+    search_base_url: str = _setting(
+        "", "Where the search provider is: of searxng always, of others another address."
+    )
+    search_api_key: str = _setting("", "Key for the search provider.", secret=True)
 
     @property
     def secrets(self) -> frozenset[str]:

@@ -670,7 +670,7 @@ async def test_a_command_that_takes_too_long_is_stopped_and_the_run_goes_on(
 
 def with_tools(monkeypatch: pytest.MonkeyPatch, *more: Tool) -> None:
     """Give the next gateways tools of the test's own, too."""
-    monkeypatch.setattr("ownware_gateway.app.tools", lambda: {tool.name: tool for tool in more})
+    monkeypatch.setattr("ownware_gateway.app.tools", lambda _: {tool.name: tool for tool in more})
 
 
 async def test_a_tool_that_hangs_is_given_up_at_its_limit_and_one_that_breaks_tells_nothing(

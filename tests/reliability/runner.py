@@ -102,7 +102,7 @@ class Points:
 
             return replace(tool, call=call)
 
-        app.tools = lambda: {name: watched(tool) for name, tool in tools().items()}
+        app.tools = lambda *given: {name: watched(tool) for name, tool in tools(*given).items()}
 
     def install(self) -> None:
         self.around_commits()
