@@ -109,7 +109,8 @@ async def gateway(settings: Settings) -> AsyncIterator[Gateway]:
         listener = _listen(settings)
         stack.callback(listener.close)
         known = tools(settings)
-        profiles = Profiles(Path(settings.profiles), known)
+        arguments = {name: tool.input_schema.get("properties", {}) for name, tool in known.items()}
+        profiles = Profiles(Path(settings.profiles), arguments)
         catalogue = KnownModels(settings)
         stack.push_async_callback(catalogue.close)
         log = await SqliteLog.open(data_dir.database, clock_ms)
@@ -126,6 +127,7 @@ async def gateway(settings: Settings) -> AsyncIterator[Gateway]:
             },
             masker=masker,
             workspace=workspace,
+            data_dir=data_dir.path,
             environment=child_environment(settings),
             clock_ms=clock_ms,
             new_id=new_id,

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os.path
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from ownware_gateway.events import (
     ToolCallExecute,
     ToolCallProgress,
 )
+from ownware_gateway.floors import Ground, floor
 from ownware_gateway.log import Commit, Log, Run
 from ownware_gateway.masking import MASK, Masker
 from ownware_gateway.models import Catalogue, Dispatch
@@ -25,6 +27,7 @@ from ownware_gateway.permissions import (
     operation_hash,
     stricter,
 )
+from ownware_gateway.policies import Operation
 from ownware_gateway.profile import Profile
 from ownware_gateway.tools import Context, Output, Tool, ToolFailed, clip, parse_arguments
 from ownware_gateway.transcript import Call, RunFacts, Turn, grants
@@ -34,6 +37,13 @@ PARALLEL_CALLS_MAX: Final = 16
 
 #: The longest line of progress that is kept.
 PROGRESS_CHARS_MAX: Final = 2_000
+
+#: What is said of a call that had begun when the gateway stopped.
+INTERRUPTED: Final = Verdict(
+    "deny",
+    "Interrupted: the gateway stopped while this ran. It may have had its effect, in whole or in "
+    "part, and is not run again by itself.",
+)
 
 _KEY_BEGINS: Final = re.compile("-----BEGIN [A-Z ]*PRIVATE KEY")
 
@@ -49,6 +59,7 @@ class Parts:
     tools: Mapping[str, Tool]
     masker: Masker
     workspace: Path
+    data_dir: Path
     environment: Mapping[str, str]
     clock_ms: Callable[[], int]
     new_id: Callable[[str], str]
@@ -90,6 +101,7 @@ class Calls:
         self._facts = assignment.history[-1]
         self._store = store
         self._loop = asyncio.get_running_loop()
+        self._ground = _ground(parts)
         allowed_now = allowed_tools(assignment.profile_now, dict(parts.tools))
         self.tools = allowed_tools(assignment.profile, allowed_now)
 
@@ -104,24 +116,30 @@ class Calls:
         if tool is None:
             names = ", ".join(sorted(self.tools)) or "none"
             return Verdict("deny", f"There is no tool named {call.name!r}. There are: {names}.")
-        if call.executing:
-            if tool.safe_to_repeat:
-                return Verdict("run", "it is safe to repeat")
-            return Verdict(
-                "deny",
-                "Interrupted: the gateway stopped while this ran. It may have had its effect, in "
-                "whole or in part, and is not run again by itself.",
-            )
+        if call.executing and not tool.safe_to_repeat:
+            return INTERRUPTED
         try:
             arguments = self._arguments(call)
         except ToolFailed as error:
             return Verdict("deny", str(error))
-        operation = operation_hash(self._parts.log.secret, tool.name, arguments)
+        verdict = self._verdict(tool, arguments)
+        granted = call.response is not None and call.response.granted
+        if call.executing and verdict.decision == "ask":
+            # Nobody is asked again for what has begun: it goes on only if that was answered.
+            return Verdict("run", "a person allowed it") if granted else INTERRUPTED
+        return verdict
+
+    def _verdict(self, tool: Tool, arguments: dict[str, Any]) -> Verdict:
+        """Return the strictest word of the floors and of the profile, as it was and as it is."""
+        hashed = operation_hash(self._parts.log.secret, tool.name, arguments)
+        operation = Operation(tool, arguments, hashed, self._ground.roots)
         granted = grants(self._history)
-        return stricter(
-            judge(self._profile, tool, operation, granted),
-            judge(self._profile_now, tool, operation, granted),
+        verdict = stricter(
+            judge(self._profile, operation, granted),
+            judge(self._profile_now, operation, granted),
         )
+        held = floor(operation, self._ground, self._parts.masker)
+        return verdict if held is None else stricter(held, verdict)
 
     def _arguments(self, call: Call) -> dict[str, Any]:
         """Return the exact arguments of a call; raises ToolFailed when they do not fit."""
@@ -130,18 +148,19 @@ class Calls:
         wanted = next(item for item in answer.turn.tool_calls if item.id == call.id)
         return parse_arguments(self.tools[call.name], wanted.arguments)
 
-    async def ask(self, call: Call, reason: str) -> None:
-        """Append the question to a person whether a call may run."""
+    async def ask(self, call: Call, reason: str, rule: str | None) -> None:
+        """Append the question to a person whether a call may run, and which rule asks."""
         arguments = self._arguments(call)
         request = PermissionRequest(
             request_id=self._parts.new_id("perm"),
             tool_call_id=call.id,
             tool_name=call.name,
             input=self._parts.masker.value(arguments),
-            reason=reason,
+            reason=self._parts.masker.text(reason),
             operation_hash=operation_hash(self._parts.log.secret, call.name, arguments),
             expires_at=self._parts.clock_ms() + self._profile.security.hitl_timeout_ms,
             turn_index=self._turn.index,
+            rule=self._masked(rule),
         )
         await self._store([request]).wait()
 
@@ -149,15 +168,7 @@ class Calls:
         """Run calls together. That they begin is durable before any of them has an effect."""
         turn = self._turn
         arguments = [self._arguments(call) for call in calls]
-        begin = [
-            ToolCallExecute(
-                tool_call_id=call.id,
-                tool_name=call.name,
-                input=self._parts.masker.value(given),
-                turn_index=turn.index,
-            )
-            for call, given in zip(calls, arguments, strict=True)
-        ]
+        begin = [self._execution(call, given) for call, given in zip(calls, arguments, strict=True)]
         await self._store(begin).wait()
         free = asyncio.Semaphore(PARALLEL_CALLS_MAX)
         try:
@@ -167,6 +178,22 @@ class Calls:
         except ExceptionGroup as failures:
             # One says it all: the run is not ours any more, and the other calls were cut off.
             raise failures.exceptions[0] from None
+
+    def _execution(self, call: Call, arguments: dict[str, Any]) -> ToolCallExecute:
+        verdict = self.judge(call)
+        # What a person has granted bears the rule that asked in its question.
+        rule = self._masked(verdict.rule) if verdict.decision == "run" else None
+        return ToolCallExecute(
+            tool_call_id=call.id,
+            tool_name=call.name,
+            input=self._parts.masker.value(arguments),
+            turn_index=self._turn.index,
+            decision="allow" if rule is not None else None,
+            rule=rule,
+        )
+
+    def _masked(self, rule: str | None) -> str | None:
+        return None if rule is None else self._parts.masker.text(rule)
 
     async def _call(
         self, turn: Turn, call: Call, arguments: dict[str, Any], free: asyncio.Semaphore
@@ -216,6 +243,14 @@ class Calls:
         except Exception:  # noqa: BLE001 - a tool's bug is the model's to hear of, not the run's end
             _log.exception("the tool %s failed in run %s", tool.name, self._run.id)
             return _failed(f"{tool.name} failed inside the gateway; its log says why.")
+
+
+def _ground(parts: Parts) -> Ground:
+    """Return the folders that floors are about, by the names that a call may have for them."""
+    workspace = os.path.normpath(parts.workspace)
+    home = parts.environment.get("HOME") or os.path.expanduser("~")
+    roots = tuple(dict.fromkeys((workspace, os.path.realpath(workspace))))
+    return Ground(roots, os.path.realpath(parts.data_dir), os.path.normpath(home))
 
 
 def _failed(message: str) -> Output:

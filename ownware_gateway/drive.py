@@ -141,11 +141,12 @@ class Drive:
                 await self._ask(step)
             case RunTools(calls):
                 await self._calls.run(calls)
-            case Question(call, reason):
-                await self._calls.ask(call, reason)
-            case Refuse(call, reason):
+            case Question(call, reason, rule):
+                await self._calls.ask(call, reason, rule)
+            case Refuse(call, reason, rule):
                 ended = clip(self._parts.masker.text(reason)).text
-                self._store([tool_end(self._turn, call, ended, is_error=True)])
+                by = None if rule is None else self._parts.masker.text(rule)
+                self._store([tool_end(self._turn, call, ended, is_error=True, rule=by)])
             case EndTurn(turn, reason):
                 self._store([turn_end(turn, reason, self._parts.clock_ms())])
             case Done() | Wait() | Finish():

@@ -34,6 +34,7 @@ RunStatus = Literal[
     "timed_out",
 ]
 EndStatus = Literal["succeeded", "failed", "cancelled", "timed_out"]
+Decision = Literal["allow", "deny"]
 DecidedBy = Literal["user", "policy", "cancel", "timeout"]
 
 
@@ -215,13 +216,18 @@ class ToolCallArgsDelta(Event):
 
 
 class ToolCallExecute(Event):
-    """The tool is about to run: committed before it has any effect."""
+    """The tool is about to run: committed before it has any effect.
+
+    `decision` and `rule` are there where a rule of the profile allowed it.
+    """
 
     type: Literal["tool.call.execute"] = "tool.call.execute"
     tool_call_id: str
     tool_name: str
     input: dict[str, Any]
     turn_index: int
+    decision: Decision | None = Field(default=None, exclude_if=_absent)
+    rule: str | None = Field(default=None, exclude_if=_absent)
 
 
 class ToolCallProgress(Event):
@@ -234,7 +240,10 @@ class ToolCallProgress(Event):
 
 
 class ToolCallEnd(Event):
-    """How a call ended; `result` is what the model is told, secrets masked."""
+    """How a call ended; `result` is what the model is told, secrets masked.
+
+    `decision` and `rule` are there where a rule or a floor denied it.
+    """
 
     type: Literal["tool.call.end"] = "tool.call.end"
     tool_call_id: str
@@ -245,10 +254,15 @@ class ToolCallEnd(Event):
     turn_index: int
     truncated: bool = False
     output_bytes_raw: int
+    decision: Decision | None = Field(default=None, exclude_if=_absent)
+    rule: str | None = Field(default=None, exclude_if=_absent)
 
 
 class PermissionRequest(Event):
-    """The run waits for a person's yes; `operation_hash` binds the answer to this very input."""
+    """The run waits for a person's yes; `operation_hash` binds the answer to this very input.
+
+    `rule` is what asks, where it is not the profile's mode.
+    """
 
     type: Literal["permission.request"] = "permission.request"
     request_id: str
@@ -259,6 +273,7 @@ class PermissionRequest(Event):
     operation_hash: str
     expires_at: int
     turn_index: int
+    rule: str | None = Field(default=None, exclude_if=_absent)
 
 
 class PermissionResponse(Event):

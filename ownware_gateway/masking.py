@@ -57,6 +57,10 @@ class Masker:
         values = sorted({v for v in known if len(v) >= KNOWN_LENGTH_MIN}, key=len, reverse=True)
         self._known = re.compile("|".join(map(re.escape, values))) if values else None
 
+    def knows(self, text: str) -> bool:
+        """Return whether one of the known values stands in the text."""
+        return self._known is not None and self._known.search(text) is not None
+
     def text(self, text: str) -> str:
         """Return the text with every secret in it replaced."""
         if self._known is not None:

@@ -7,6 +7,7 @@ from collections.abc import Set
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
+from ownware_gateway.policies import Operation, Rule, fits, rules
 from ownware_gateway.profile import Profile
 from ownware_gateway.tools import Tool
 
@@ -18,10 +19,14 @@ _PRESETS: Final = {"coding": CODING, "readonly": READONLY, "none": frozenset[str
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What happens with a call, and why; the reason is shown to the person or the model."""
+    """What happens with a call, and why; the reason is shown to the person or the model.
+
+    `rule` is what decided: a rule of the profile or a floor; None for the mode.
+    """
 
     decision: Literal["run", "ask", "deny"]
     reason: str
+    rule: str | None = None
 
 
 def allowed_tools(profile: Profile, tools: dict[str, Tool]) -> dict[str, Tool]:
@@ -35,13 +40,42 @@ def allowed_tools(profile: Profile, tools: dict[str, Tool]) -> dict[str, Tool]:
     }
 
 
-def judge(profile: Profile, tool: Tool, operation: str, grants: Set[str]) -> Verdict:
+def judge(profile: Profile, operation: Operation, grants: Set[str]) -> Verdict:
     """Return whether a call runs, needs a person's yes, or is refused.
 
-    `operation` is the call's hash; `grants` holds what a person has allowed for the rest of the
-    thread: the name of a tool, or for a tool with a subject (the shell) the very operation.
+    The first rule that fits decides, and where none does, the mode. A rule before it that asks or
+    denies and cannot be ruled out makes it a question at least. `grants` holds what a person has
+    allowed for the rest of the thread; it answers questions and beats no refusal.
     """
-    mode = profile.security.permission_mode
+    doubt: Verdict | None = None
+    verdict: Verdict | None = None
+    for rule in rules(profile):
+        match fits(rule, operation):
+            case "yes":
+                verdict = _by_rule(rule, operation, grants)
+                break
+            case "maybe" if doubt is None:
+                reason = f"It is not certain that this is not meant by {rule.name}"
+                doubt = _ask(operation, grants, Verdict("ask", reason, rule.name))
+    if verdict is None:
+        verdict = _by_mode(profile, operation, grants)
+    return verdict if doubt is None else stricter(verdict, doubt)
+
+
+def _by_rule(rule: Rule, operation: Operation, grants: Set[str]) -> Verdict:
+    match rule.decision:
+        case "allow":
+            return Verdict("run", "a rule of the profile allows it", rule.name)
+        case "ask":
+            reason = f"A rule of the profile asks first: {rule.name}"
+            return _ask(operation, grants, Verdict("ask", reason, rule.name))
+        case "deny":
+            reason = f"A rule of the profile denies this: {rule.name}"
+            return Verdict("deny", reason, rule.name)
+
+
+def _by_mode(profile: Profile, operation: Operation, grants: Set[str]) -> Verdict:
+    tool, mode = operation.tool, profile.security.permission_mode
     if mode == "auto":
         return Verdict("run", "the profile runs every tool without asking")
     if mode == "allowlist":
@@ -54,13 +88,28 @@ def judge(profile: Profile, tool: Tool, operation: str, grants: Set[str]) -> Ver
         return Verdict("run", "it only reads")
     if mode == "deny":
         return Verdict("deny", f"The profile lets no tool change anything, and {tool.name} may.")
-    if (operation if tool.subject else tool.name) in grants:
+    verdict = Verdict("ask", f"{tool.name} may change something; the profile asks first.")
+    return _ask(operation, grants, verdict)
+
+
+def _ask(operation: Operation, grants: Set[str], verdict: Verdict) -> Verdict:
+    """Return the question, or that it has been answered for the rest of the thread."""
+    name = grant(operation.tool.name, verdict.rule)
+    if (operation.hash if operation.tool.subject else name) in grants:
         return Verdict("run", "a person allowed it for the rest of this thread")
-    return Verdict("ask", f"{tool.name} may change something; the profile asks first.")
+    return verdict
+
+
+def grant(tool_name: str, rule: str | None) -> str:
+    """Return what an `always` to a question about a tool grants, beside the very operation.
+
+    The answer to one rule's question is none to another's: it was about other calls.
+    """
+    return tool_name if rule is None else f"{tool_name} {rule}"
 
 
 def stricter(one: Verdict, other: Verdict) -> Verdict:
-    """Return the verdict that lets less happen."""
+    """Return the verdict that lets less happen; the first of two that let the same happen."""
     return max(one, other, key=lambda verdict: ("run", "ask", "deny").index(verdict.decision))
 
 

@@ -8,10 +8,12 @@ docs/profiles.md describes every field; a test holds it complete.
 import difflib
 import json
 import re
-from collections.abc import Collection, Iterator
+import shlex
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, Self, get_args
 
 from pydantic import (
     BaseModel,
@@ -19,19 +21,35 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
+    field_validator,
+    model_validator,
 )
 from pydantic.alias_generators import to_camel
 from pydantic_core import PydanticSerializationError
 
 from ownware_gateway.errors import GatewayError
+from ownware_gateway.shell_syntax import parse
 
 AGENT_FILES: Final = ("agent.json", "agent.yaml", "agent.yml")
 FILE_BYTES_MAX: Final = 1_048_576
 PROBLEMS_SHOWN_MAX: Final = 5
+
+#: Most rules of a profile, most conditions of a rule, and most texts of a condition.
+POLICIES_MAX: Final = 200
+CONDITIONS_MAX: Final = 20
+TEXTS_MAX: Final = 200
+TEXT_CHARS_MAX: Final = 1000
 _UNITS_MS: Final = {"ms": 1, "s": 1_000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
 
 Preset = Literal["full", "coding", "readonly", "none"]
 PermissionMode = Literal["auto", "ask", "deny", "allowlist"]
+Decision = Literal["allow", "ask", "deny"]
+
+#: What is between the name of a server and that of its tool in the name that the agent knows.
+SERVER_MARK: Final = "__"
+
+#: The tool that the rules of kind `shell` are about unless they name another.
+SHELL: Final = "shell_execute"
 
 
 def parse_duration_ms(value: object) -> object:
@@ -83,6 +101,110 @@ class Execution(_Strict):
     max_cost_usd: float | None = Field(default=None, gt=0, allow_inf_nan=False)
 
 
+def _one_or_more(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
+def check_prefix(text: str) -> str:
+    """Return a command's beginning. Raises ValueError when no command could begin so."""
+    script = parse(text)
+    own = [command for command in script.commands if not command.given]
+    if not (script.plain and len(own) == 1 and own[0].plain and text.isprintable()) or (
+        # Whatever the shell takes for more than words is none of these.
+        shlex.split(text) != [word.text for word in own[0].words]
+    ):
+        raise ValueError(
+            'the first words of one command, like "git status", without any of ; & | < > ( ) $ ` #'
+            " and wild cards outside of quotes"
+        )
+    return text
+
+
+def check_glob(text: str) -> str:
+    """Return a pattern of paths. Raises ValueError when no path could fit it."""
+    parts = text.removeprefix("/").split("/")
+    if "" in parts or "." in parts or ".." in parts:
+        raise ValueError(
+            'a pattern of paths in the workspace, like "secrets/**", or of absolute ones, without'
+            " empty parts, '.' and '..'"
+        )
+    return text
+
+
+_Texts = Annotated[
+    list[Annotated[str, Field(min_length=1, max_length=TEXT_CHARS_MAX)]],
+    BeforeValidator(_one_or_more),
+    Field(min_length=1, max_length=TEXTS_MAX),
+]
+
+
+def _absent(value: object) -> bool:
+    return value is None
+
+
+class Condition(_Strict):
+    """What an argument must be for a rule to fit: exactly one of these, one of its texts."""
+
+    prefix: _Texts | None = Field(default=None, exclude_if=_absent)
+    glob: _Texts | None = Field(default=None, exclude_if=_absent)
+    pattern: _Texts | None = Field(default=None, exclude_if=_absent)
+    equals: str | bool | int | float | None = Field(default=None, exclude_if=_absent)
+
+    @model_validator(mode="after")
+    def _one(self) -> Self:
+        given = [self.prefix, self.glob, self.pattern, self.equals]
+        if sum(value is not None for value in given) != 1:
+            raise ValueError("exactly one of prefix, glob, pattern and equals")
+        for text in self.prefix or ():
+            check_prefix(text)
+        for text in self.glob or ():
+            check_glob(text)
+        return self
+
+
+class Policy(_Strict):
+    """A rule: which tool, with which arguments, and what is decided.
+
+    One of kind `shell` is short for two: commands that fit `denyPatterns` are denied, those that
+    begin with `allowPrefixes` are allowed, and all others are left to the rules that follow.
+    """
+
+    kind: Literal["rule", "shell"] = "rule"
+    tool: str = Field(default="", max_length=128, pattern=r"^[A-Za-z0-9_.*?-]*$")
+    when: dict[str, Condition] = Field(default_factory=dict, max_length=CONDITIONS_MAX)
+    decision: Decision | None = Field(default=None, exclude_if=_absent)
+    allow_prefixes: _Texts | None = Field(default=None, exclude_if=_absent)
+    deny_patterns: _Texts | None = Field(default=None, exclude_if=_absent)
+
+    @field_validator("allow_prefixes")
+    @classmethod
+    def _prefixes(cls, texts: list[str] | None) -> list[str] | None:
+        return texts and [check_prefix(text) for text in texts]
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        lists = self.allow_prefixes or self.deny_patterns
+        if self.kind == "rule" and (lists or self.decision is None or not self.tool):
+            raise ValueError(
+                "a tool and a decision; allowPrefixes and denyPatterns are for the kind 'shell'"
+            )
+        if self.kind == "shell" and (not lists or self.decision is not None or self.when):
+            raise ValueError(
+                "allowPrefixes or denyPatterns, and neither when nor decision in the kind 'shell'"
+            )
+        return self
+
+    @property
+    def tools(self) -> str:
+        """The pattern of the names of the tools that it is about."""
+        return self.tool or SHELL
+
+    @property
+    def arguments(self) -> set[str]:
+        """The arguments that it looks at."""
+        return {"command"} if self.kind == "shell" else set(self.when)
+
+
 class Profile(_Strict):
     """An agent as its files describe it. `soul` is the text of SOUL.md."""
 
@@ -95,6 +217,7 @@ class Profile(_Strict):
     thinking: Literal["off", "low", "medium", "high"] | None = None
     tools: Tools = Field(default_factory=Tools)
     security: Security = Field(default_factory=Security)
+    policies: list[Policy] = Field(default_factory=list, max_length=POLICIES_MAX)
     execution: Execution = Field(default_factory=Execution)
     system_prompt: str = ""
     soul: str = Field(default="", exclude=True)
@@ -125,8 +248,11 @@ class Broken:
 class Profiles:
     """The profiles in a folder, always as they are on disk now."""
 
-    def __init__(self, folder: Path, tools: Collection[str] | None = None) -> None:
-        """`tools` are the names that a profile may allow and deny; None does not look at them."""
+    def __init__(self, folder: Path, tools: Mapping[str, Mapping[str, Any]] | None = None) -> None:
+        """`tools` are those that a profile may name, each with the schemas of its arguments.
+
+        None does not look at names.
+        """
         self._folder = folder
         self._tools = tools
         self._read: dict[Path, tuple[list[bytes], Profile | Broken]] = {}
@@ -155,20 +281,22 @@ class Profiles:
         return any(item.folder == name for item in self.broken())
 
     def _check(self, folder: Path, item: Profile | Broken) -> Profile | Broken:
-        """Return the profile unless it names a tool that there is not.
+        """Return the profile unless it names a tool or an argument that there is not.
 
-        A misspelt name in `deny` would leave on what was to be taken away.
+        A misspelt name in `deny`, or in a rule, would leave on what was to be taken away.
         """
         if isinstance(item, Broken) or self._tools is None:
             return item
         for field in ("allow", "deny"):
             for name in getattr(item.tools, field):
                 if name not in self._tools:
-                    near = difflib.get_close_matches(name, self._tools, n=1)
-                    known = ", ".join(sorted(self._tools))
-                    hint = f"did you mean {near[0]!r}?" if near else f"there are: {known}."
+                    hint = _near(name, self._tools)
                     message = f"The field 'tools.{field}' names no tool with {name!r}; {hint}"
                     return Broken(folder.name, message)
+        for index, policy in enumerate(item.policies):
+            wrong = _never(policy, self._tools) or _hidden(policy, item.policies[:index])
+            if wrong is not None:
+                return Broken(folder.name, f"The field 'policies.{index}' can never fit: {wrong}")
         return item
 
     def get(self, name: str) -> Profile:
@@ -218,6 +346,41 @@ class Profiles:
         if known is None or known[0] != read:
             self._read[folder] = known = (read, _understand(folder, file.name, *read))
         return known[1]
+
+
+def _near(name: str, names: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, names := sorted(names), n=1)
+    return f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(names)}."
+
+
+def _never(policy: Policy, tools: Mapping[str, Mapping[str, Any]]) -> str | None:
+    """Return why a rule fits no call of any tool; None when it may fit one."""
+    if SERVER_MARK in policy.tools:
+        return None  # What a server's tools are called, and take, is only known when it runs.
+    matched = [name for name in tools if fnmatchcase(name, policy.tools)]
+    if not matched:
+        return f"there is no tool {policy.tools!r}; {_near(policy.tools, tools)}"
+    if policy.tools == "*":
+        return None  # Tools of servers are meant too.
+    for argument in policy.arguments:
+        known = {name for tool in matched for name in tools[tool]}
+        if argument not in known:
+            return f"{policy.tools} has no argument {argument!r}; {_near(argument, known)}"
+    for argument, condition in policy.when.items():
+        if SHELL in matched and argument == "command" and condition.glob is not None:
+            return "glob is for paths; prefix and pattern are for commands."
+    return None
+
+
+def _hidden(policy: Policy, before: Sequence[Policy]) -> str | None:
+    """Return why a rule is never reached: one before it fits whatever it does."""
+    for index, other in enumerate(before):
+        covers = other.tools in ("*", policy.tools) or (
+            not set(policy.tools) & {"*", "?"} and fnmatchcase(policy.tools, other.tools)
+        )
+        if other.kind == "rule" and not other.when and covers:
+            return f"the first rule that fits decides, and policies.{index} fits every such call."
+    return None
 
 
 def _read(path: Path) -> bytes:
@@ -306,13 +469,17 @@ def _explain_one(problem: Any, model: type[BaseModel]) -> str:
 
 def _names(model: type[BaseModel], path: tuple[Any, ...]) -> list[str]:
     """Return the field names that are known at a path of a model, as they stand in a file."""
+    kind: Any = model
     for part in path:
-        for name, info in model.model_fields.items():
-            if part in (name, info.alias) and isinstance(info.annotation, type):
-                model = info.annotation
-                break
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            fields = kind.model_fields.items()
+            found = [info.annotation for name, info in fields if part in (name, info.alias)]
         else:
+            # The number of an item or the name of an entry: what is in the list or object.
+            found = list(get_args(kind)[-1:])
+        if not found:
             return []
-        if not issubclass(model, BaseModel):
-            return []
-    return [info.alias or name for name, info in model.model_fields.items() if name != "soul"]
+        kind = found[0]
+    if not (isinstance(kind, type) and issubclass(kind, BaseModel)):
+        return []
+    return [info.alias or name for name, info in kind.model_fields.items() if name != "soul"]

@@ -56,18 +56,20 @@ class RunTools:
 
 @dataclass(frozen=True, slots=True)
 class Refuse:
-    """End a call without running it; the reason is its result."""
+    """End a call without running it; the reason is its result, `rule` what refuses, if one does."""
 
     call: Call
     reason: str
+    rule: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """Ask a person whether the call may run."""
+    """Ask a person whether the call may run; `rule` is what asks, if one does."""
 
     call: Call
     reason: str
+    rule: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,10 +184,10 @@ def _next_for_call(
     # A call that was executing was cut off by a restart: `judge` says whether it may run again.
     verdict = judge(call)
     if verdict.decision == "deny":
-        return Refuse(call, verdict.reason)
+        return Refuse(call, verdict.reason, verdict.rule)
     if call.response is not None and not call.executing:
         return "granted"
-    return "free" if verdict.decision == "run" else Question(call, verdict.reason)
+    return "free" if verdict.decision == "run" else Question(call, verdict.reason, verdict.rule)
 
 
 def _denial(response: PermissionResponse) -> str:
@@ -302,8 +304,10 @@ def _close_calls(turn: Turn, finish: Finish) -> list[Event]:
     return events
 
 
-def tool_end(turn: Turn, call: Call, result: str, *, is_error: bool) -> ToolCallEnd:
-    """Return the end of a call that did not run."""
+def tool_end(
+    turn: Turn, call: Call, result: str, *, is_error: bool, rule: str | None = None
+) -> ToolCallEnd:
+    """Return the end of a call that did not run; `rule` is what denied it, if one did."""
     return ToolCallEnd(
         tool_call_id=call.id,
         tool_name=call.name,
@@ -312,4 +316,6 @@ def tool_end(turn: Turn, call: Call, result: str, *, is_error: bool) -> ToolCall
         duration_ms=0,
         turn_index=turn.index,
         output_bytes_raw=len(result.encode()),
+        decision=None if rule is None else "deny",
+        rule=rule,
     )

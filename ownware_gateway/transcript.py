@@ -42,6 +42,7 @@ from ownware_gateway.models import (
     ToolTurn,
     UserTurn,
 )
+from ownware_gateway.permissions import grant
 
 PAGE: Final = 500
 
@@ -384,7 +385,10 @@ def _retold(turn: Turn) -> AssistantTurn:
 
 
 def grants(runs: Sequence[RunFacts]) -> set[str]:
-    """Return what people have allowed for the rest of the thread: names and operation hashes."""
+    """Return what people have allowed for the rest of the thread, as `permissions.grant` names it.
+
+    Hashes of the very operations are among them.
+    """
     allowed: set[str] = set()
     for run in runs:
         if run.copied:
@@ -397,7 +401,8 @@ def grants(runs: Sequence[RunFacts]) -> set[str]:
                     and call.response.granted
                     and call.response.always
                 ):
-                    allowed |= {call.request.tool_name, call.request.operation_hash}
+                    asked = call.request
+                    allowed |= {grant(asked.tool_name, asked.rule), asked.operation_hash}
     return allowed
 
 

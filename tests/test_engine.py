@@ -1465,17 +1465,19 @@ async def test_secrets_never_reach_a_frame_a_message_or_a_public_table(
 ) -> None:
     up = await start_gateway(openai_api_key=SHAPELESS_KEY)
     secret = f"{SHAPED} {SHAPELESS_KEY}"
+    (up.workspace / "known.txt").write_text(secret)
     provider.reply(
         Reply(
             calls=[
-                shell(f"echo '{secret}'; echo '{secret}' >&2; exit 3"),
-                write("a.txt", secret),
+                shell("cat known.txt; cat known.txt >&2; exit 3"),
+                write("a.txt", SHAPED),
+                write("b.txt", secret),
                 Call("read_file", {"path": f"missing/{SHAPED}"}),
                 Call("write_file", f'{{"path": "{secret}'),
                 Call("fly", {"key": secret, "password": "hunter2hunter2"}),
             ]
         ),
-        Reply(calls=[Call("read_file", {"path": "a.txt"})]),
+        Reply(calls=[Call("read_file", {"path": "known.txt"})]),
         Reply(status=400, error=f"bad key {secret}"),
     )
     run = await start_run(http, up.url, "go")
@@ -1489,7 +1491,8 @@ async def test_secrets_never_reach_a_frame_a_message_or_a_public_table(
         shown += await response.read()
     async with http.get(f"{up.url}/api/v1/runs/{run['runId']}") as response:
         shown += await response.read()
-    assert (up.workspace / "a.txt").read_text() == secret, "the tool itself gets what was meant"
+    assert (up.workspace / "a.txt").read_text() == SHAPED, "the tool itself gets what was meant"
+    assert not (up.workspace / "b.txt").exists(), "but for what is the gateway's own"
     assert b"[secret]" in shown
     public = b"".join(public_bytes(up))
     for hidden in (SHAPED, SHAPELESS_KEY, "hunter2hunter2"):

@@ -72,6 +72,14 @@ EXAMPLES: list[AnyEvent] = [
     ToolCallStart(tool_call_id="c", tool_name="read_file", turn_index=0),
     ToolCallArgsDelta(tool_call_id="c", delta='{"a": 1}', turn_index=0),
     ToolCallExecute(tool_call_id="c", tool_name="read_file", input=INPUT, turn_index=0),
+    ToolCallExecute(
+        tool_call_id="c",
+        tool_name="read_file",
+        input={},
+        turn_index=0,
+        decision="allow",
+        rule="policies.0",
+    ),
     ToolCallProgress(tool_call_id="c", progress="line", turn_index=0),
     ToolCallEnd(
         tool_call_id="c",
@@ -83,6 +91,17 @@ EXAMPLES: list[AnyEvent] = [
         truncated=True,
         output_bytes_raw=70_000,
     ),
+    ToolCallEnd(
+        tool_call_id="c",
+        tool_name="read_file",
+        result="denied",
+        is_error=True,
+        duration_ms=0,
+        turn_index=0,
+        output_bytes_raw=6,
+        decision="deny",
+        rule="floor.keys",
+    ),
     PermissionRequest(
         request_id="q",
         tool_call_id="c",
@@ -92,6 +111,17 @@ EXAMPLES: list[AnyEvent] = [
         operation_hash="h",
         expires_at=AT,
         turn_index=0,
+    ),
+    PermissionRequest(
+        request_id="q",
+        tool_call_id="c",
+        tool_name="shell",
+        input={},
+        reason="A rule asks.",
+        operation_hash="h",
+        expires_at=AT,
+        turn_index=0,
+        rule="policies.1",
     ),
     PermissionResponse(
         request_id="q", granted=False, decided_by="timeout", reason="too late", turn_index=0

@@ -10,6 +10,7 @@ from ownware_gateway.permissions import (
     judge,
     operation_hash,
 )
+from ownware_gateway.policies import Operation
 from ownware_gateway.profile import Profile
 from ownware_gateway.tools import Context, Output, Tool
 
@@ -24,6 +25,10 @@ def profile(mode: str = "ask", **tools: Any) -> Profile:
     return Profile.model_validate(
         {"name": "p", "security": {"permissionMode": mode}, "tools": tools}
     )
+
+
+def call(tool: Tool, hashed: str = "hash", **arguments: Any) -> Operation:
+    return Operation(tool, {"command": "ls", **arguments}, hashed)
 
 
 READ = Tool("read_file", "", {}, no_call, reads_only=True)
@@ -50,7 +55,7 @@ SHELL = Tool("shell_execute", "", {}, no_call, subject=lambda given: str(given["
     ids=lambda value: value.name if isinstance(value, Tool) else value,
 )
 def test_the_mode_and_the_kind_of_tool_decide(mode: str, tool: Tool, decision: str) -> None:
-    verdict = judge(profile(mode), tool, "hash", set())
+    verdict = judge(profile(mode), call(tool), set())
     assert verdict.decision == decision
     assert verdict.reason
 
@@ -58,33 +63,33 @@ def test_the_mode_and_the_kind_of_tool_decide(mode: str, tool: Tool, decision: s
 @pytest.mark.parametrize("tool", [READ, WRITE, SHELL], ids=lambda tool: tool.name)
 def test_an_allowlist_runs_what_it_names_and_nothing_else(tool: Tool) -> None:
     listed = profile("allowlist", allow=[tool.name])
-    assert judge(listed, tool, "hash", set()).decision == "run"
+    assert judge(listed, call(tool), set()).decision == "run"
     others = profile("allowlist", allow=[name for name in ALL if name != tool.name])
-    verdict = judge(others, tool, "hash", set())
+    verdict = judge(others, call(tool), set())
     assert verdict.decision == "deny"
     assert tool.name in verdict.reason
 
 
 def test_naming_a_tool_under_allow_does_not_spare_the_question() -> None:
-    assert judge(profile("ask", allow=["write_file"]), WRITE, "hash", set()).decision == "ask"
+    assert judge(profile("ask", allow=["write_file"]), call(WRITE), set()).decision == "ask"
 
 
 def test_always_holds_for_a_tool_by_its_name() -> None:
     granted = {"write_file", "hash of one file"}
-    assert judge(profile(), WRITE, "hash of another", granted).decision == "run"
+    assert judge(profile(), call(WRITE, "hash of another"), granted).decision == "run"
 
 
 def test_always_holds_for_the_shell_by_the_very_operation() -> None:
     granted = {"shell_execute", "hash of ls"}
-    assert judge(profile(), SHELL, "hash of ls", granted).decision == "run"
-    assert judge(profile(), SHELL, "hash of rm", granted).decision == "ask"
+    assert judge(profile(), call(SHELL, "hash of ls"), granted).decision == "run"
+    assert judge(profile(), call(SHELL, "hash of rm"), granted).decision == "ask"
 
 
 def test_always_does_not_outlive_a_profile_that_has_become_strict() -> None:
     granted = {"write_file", "shell_execute", "hash"}
     for tool in (WRITE, SHELL):
-        assert judge(profile("deny"), tool, "hash", granted).decision == "deny"
-        assert judge(profile("allowlist"), tool, "hash", granted).decision == "deny"
+        assert judge(profile("deny"), call(tool), granted).decision == "deny"
+        assert judge(profile("allowlist"), call(tool), granted).decision == "deny"
 
 
 @pytest.mark.parametrize(

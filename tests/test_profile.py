@@ -20,6 +20,14 @@ FULL = {
     "thinking": "low",
     "tools": {"preset": "coding", "allow": ["shell"], "deny": ["write_file"]},
     "security": {"permissionMode": "allowlist", "hitlTimeoutMs": "2h"},
+    "policies": [
+        {
+            "kind": "rule",
+            "tool": "shell*",
+            "when": {"command": {"prefix": ["git status"]}},
+            "decision": "allow",
+        }
+    ],
     "execution": {"timeout": "90s", "maxCostUsd": 0.5},
     "systemPrompt": "Be brief.",
 }

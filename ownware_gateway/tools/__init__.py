@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar, Final, Literal
 
 #: Most bytes of a tool's output that reach the log and the model; the rest is cut and said so.
 OUTPUT_LIMIT_BYTES: Final = 65_536
@@ -50,7 +50,8 @@ class Tool:
     what it holds (child processes included) when it is cancelled: on a cancelled run, and after
     `timeout_s`. `reads_only` tools need nobody's permission under mode `ask`. `safe_to_repeat`
     tools may run again after a crash cut them off. `subject` gives what a rule or a person's
-    `always` is about, beside the tool's name: for the shell, the command.
+    `always` is about, beside the tool's name: for the shell, the command. `reads` says what its
+    output may show of the paths in its arguments: a file, all files of a folder, or no content.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Tool:
     reads_only: bool = False
     safe_to_repeat: bool = False
     timeout_s: float = TIMEOUT_S
+    reads: Literal["nothing", "file", "folder"] = "file"
     subject: Callable[[dict[str, Any]], str] | None = field(default=None, repr=False)
 
 

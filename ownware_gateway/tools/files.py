@@ -285,6 +285,7 @@ TOOLS: Final[tuple[Tool, ...]] = (
         call=functools.partial(in_thread, _list),
         reads_only=True,
         safe_to_repeat=True,
+        reads="nothing",
     ),
     Tool(
         name="write_file",
@@ -298,6 +299,7 @@ TOOLS: Final[tuple[Tool, ...]] = (
             content={"type": "string", "description": "The whole new text of the file."},
         ),
         call=functools.partial(in_thread, _write),
+        reads="nothing",
     ),
     Tool(
         name="edit_file",

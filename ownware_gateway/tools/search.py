@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from ownware_gateway.keyfiles import holds_keys
 from ownware_gateway.tools import Context, Output, Tool, ToolFailed
 from ownware_gateway.tools.workspace import (
     BINARY_PROBE_BYTES,
@@ -69,6 +70,7 @@ class _Walk:
     entries_left: int = ENTRIES_MAX
     left_out: set[str] = field(default_factory=set)
     skipped: int = 0
+    keys: int = 0
 
     def files(self, folder: int, below: Parts, positions: frozenset[int]) -> Files:
         """Yield each matching file as the open folder it is in and its path."""
@@ -117,6 +119,8 @@ class _Walk:
             notes.append(f"[not looked into: {', '.join(sorted(self.left_out))}]")
         if self.skipped:
             notes.append(f"[left out, as they are unreadable, too big or too deep: {self.skipped}]")
+        if self.keys:
+            notes.append(f"[left out, as they hold keys: {self.keys}]")
         return notes
 
 
@@ -248,7 +252,10 @@ def _is_folder(folder: int, name: str) -> bool:
 
 
 def _text_of(folder: int, path: Parts, walk: _Walk) -> str:
-    """Return what is in a text file; nothing when it is binary, unreadable or too big."""
+    """Return what is in a text file; nothing when it holds keys, is binary or cannot be read."""
+    if holds_keys(path):
+        walk.keys += 1
+        return ""
     data = None
     with suppress(OSError, ToolFailed), open_file(folder, path) as file:
         data = file.read(GREP_FILE_BYTES_MAX + 1)
@@ -298,6 +305,7 @@ TOOLS: Final[tuple[Tool, ...]] = (
         call=functools.partial(in_thread, _glob),
         reads_only=True,
         safe_to_repeat=True,
+        reads="nothing",
     ),
     Tool(
         name="grep",
@@ -314,5 +322,6 @@ TOOLS: Final[tuple[Tool, ...]] = (
         call=grep,
         reads_only=True,
         safe_to_repeat=True,
+        reads="folder",
     ),
 )

@@ -60,6 +60,7 @@ TOOLS: Final[tuple[Tool, ...]] = (
         },
         call=todo_write,
         reads_only=True,
+        reads="nothing",
         safe_to_repeat=True,
     ),
 )

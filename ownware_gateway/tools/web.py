@@ -211,6 +211,7 @@ def _fetch_tool(call: Callable[[Context, dict[str, Any]], Any]) -> Tool:
             "additionalProperties": False,
         },
         call=call,
+        reads="nothing",
         safe_to_repeat=True,
         timeout_s=FETCH_TIMEOUT_S,
         subject=lambda arguments: str(arguments["url"]),
@@ -388,5 +389,6 @@ def _search_tool(call: Callable[[Context, dict[str, Any]], Any]) -> Tool:
         },
         call=call,
         reads_only=True,
+        reads="nothing",
         safe_to_repeat=True,
     )
