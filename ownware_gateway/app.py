@@ -2,11 +2,13 @@
 
 import asyncio
 import contextlib
+import dataclasses
+import importlib.util
 import logging
 import secrets
 import socket
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -24,10 +26,15 @@ from ownware_gateway.errors import BootError
 from ownware_gateway.log import Log, Retention
 from ownware_gateway.log.sqlite import SqliteLog
 from ownware_gateway.masking import Masker
+from ownware_gateway.mcp import SDK_MISSING
+from ownware_gateway.mcp.config import FILE_NAME, ServerFiles
+from ownware_gateway.mcp.keeper import Given
+from ownware_gateway.mcp.supervisor import Supervisor
 from ownware_gateway.models import Catalogue
 from ownware_gateway.models.catalogue import DEMO_ID as DEMO_ID, KnownModels
-from ownware_gateway.profile import Profiles
-from ownware_gateway.settings import Settings, child_environment
+from ownware_gateway.processes import Watchdog
+from ownware_gateway.profile import Known, Profiles
+from ownware_gateway.settings import Settings, child_environment, own_variable
 from ownware_gateway.stream import Streamer
 from ownware_gateway.tools import Tool, files, search, shell, todo, web as web_tools
 
@@ -108,14 +115,15 @@ async def gateway(settings: Settings) -> AsyncIterator[Gateway]:
         workspace = _workspace(settings, data_dir)
         listener = _listen(settings)
         stack.callback(listener.close)
+        masker = Masker({*settings.secrets, token})
+        servers = _servers(settings, data_dir, workspace, masker, clock_ms)
+        stack.push_async_callback(servers.close)
         known = tools(settings)
-        arguments = {name: tool.input_schema.get("properties", {}) for name, tool in known.items()}
-        profiles = Profiles(Path(settings.profiles), arguments)
+        profiles = Profiles(Path(settings.profiles), _known(known, servers))
         catalogue = KnownModels(settings)
         stack.push_async_callback(catalogue.close)
         log = await SqliteLog.open(data_dir.database, clock_ms)
         stack.push_async_callback(log.close)
-        masker = Masker({*settings.secrets, token})
         parts = Parts(
             log=log,
             catalogue=catalogue,
@@ -125,6 +133,7 @@ async def gateway(settings: Settings) -> AsyncIterator[Gateway]:
                 for name, tool in known.items()
                 if name != "web_search" or settings.search_provider
             },
+            servers=servers,
             masker=masker,
             workspace=workspace,
             data_dir=data_dir.path,
@@ -143,9 +152,11 @@ async def gateway(settings: Settings) -> AsyncIterator[Gateway]:
                 streamer=streamer,
                 catalogue=catalogue,
                 profiles=profiles,
+                servers=servers,
                 uptime_s=lambda: time.monotonic() - began_s,
                 new_id=new_id,
                 require_request_id=settings.require_request_id,
+                servers_may_be_added=settings.mcp_add,
             )
         )
         recovered = await engine.recover()
@@ -195,6 +206,35 @@ async def gateway(settings: Settings) -> AsyncIterator[Gateway]:
             engine=engine,
             recovered=recovered,
         )
+
+
+def _servers(
+    settings: Settings,
+    data_dir: DataDir,
+    workspace: Path,
+    masker: Masker,
+    clock_ms: Callable[[], int],
+) -> Supervisor:
+    """Return what keeps the MCP servers; raises BootError when a file of them is wrong."""
+    given = Given(
+        # What is set for tools goes to no server that was not given it.
+        environment=child_environment(dataclasses.replace(settings, tool_env=())),
+        folder=workspace,
+        lookup=own_variable,
+        masker=masker,
+        clock_ms=clock_ms,
+        watchdog=Watchdog(),
+        tasks=set(),
+    )
+    named = Path(settings.mcp_config).expanduser() if settings.mcp_config else None
+    return Supervisor(ServerFiles(data_dir.path / FILE_NAME, named), given)
+
+
+def _known(tools: Mapping[str, Tool], servers: Supervisor) -> Known:
+    """Return what a profile may name."""
+    arguments = {name: tool.input_schema.get("properties", {}) for name, tool in tools.items()}
+    sdk = importlib.util.find_spec("mcp")
+    return Known(arguments, servers.names, None if sdk is not None else SDK_MISSING)
 
 
 async def _name_server(_request: web.Request, response: web.StreamResponse) -> None:

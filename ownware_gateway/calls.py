@@ -19,6 +19,7 @@ from ownware_gateway.events import (
 from ownware_gateway.floors import Ground, floor
 from ownware_gateway.log import Commit, Log, Run
 from ownware_gateway.masking import MASK, Masker
+from ownware_gateway.mcp import Servers
 from ownware_gateway.models import Catalogue, Dispatch
 from ownware_gateway.permissions import (
     Verdict,
@@ -28,7 +29,7 @@ from ownware_gateway.permissions import (
     stricter,
 )
 from ownware_gateway.policies import Operation
-from ownware_gateway.profile import Profile
+from ownware_gateway.profile import SEPARATOR, Profile
 from ownware_gateway.tools import Context, Output, Tool, ToolFailed, clip, parse_arguments
 from ownware_gateway.transcript import Call, RunFacts, Turn, grants
 
@@ -57,6 +58,7 @@ class Parts:
     log: Log
     catalogue: Catalogue
     tools: Mapping[str, Tool]
+    servers: Servers
     masker: Masker
     workspace: Path
     data_dir: Path
@@ -102,8 +104,24 @@ class Calls:
         self._store = store
         self._loop = asyncio.get_running_loop()
         self._ground = _ground(parts)
-        allowed_now = allowed_tools(assignment.profile_now, dict(parts.tools))
-        self.tools = allowed_tools(assignment.profile, allowed_now)
+
+    async def connect(self) -> None:
+        """Have the servers up whose tools the agent uses; those that cannot be are `missing`."""
+        await self._parts.servers.connect(self._profile_now)
+
+    @property
+    def tools(self) -> dict[str, Tool]:
+        """The tools that the agent has now: those of servers come and go.
+
+        What a server is, the files say; that it may be used, both versions of the profile must.
+        """
+        offered = {**self._parts.tools, **self._parts.servers.tools(self._profile_now)}
+        return allowed_tools(self._profile, allowed_tools(self._profile_now, offered))
+
+    @property
+    def missing(self) -> Mapping[str, str]:
+        """The servers that cannot be used now, with a sentence each."""
+        return self._parts.servers.missing(self._profile_now)
 
     @property
     def _turn(self) -> Turn:
@@ -112,27 +130,29 @@ class Calls:
 
     def judge(self, call: Call) -> Verdict:
         """Return whether a call may run, needs a person's yes, or is refused."""
-        tool = self.tools.get(call.name)
-        if tool is None:
-            names = ", ".join(sorted(self.tools)) or "none"
-            return Verdict("deny", f"There is no tool named {call.name!r}. There are: {names}.")
-        if call.executing and not tool.safe_to_repeat:
+        tools = self.tools
+        tool = tools.get(call.name)
+        if call.executing and (tool is None or not tool.safe_to_repeat):
             return INTERRUPTED
+        if tool is None:
+            return Verdict("deny", self._absent(call.name, tools))
         try:
-            arguments = self._arguments(call)
+            arguments = self._arguments(tool, call)
         except ToolFailed as error:
             return Verdict("deny", str(error))
-        verdict = self._verdict(tool, arguments)
-        granted = call.response is not None and call.response.granted
+        operation = self._operation(tool, arguments)
+        if call.request is not None and call.request.operation_hash != operation.hash:
+            changed = f"{tool.name} is not what it was when a person was asked."
+            return INTERRUPTED if call.executing else Verdict("deny", changed)
+        verdict = self._verdict(operation)
         if call.executing and verdict.decision == "ask":
             # Nobody is asked again for what has begun: it goes on only if that was answered.
+            granted = call.response is not None and call.response.granted
             return Verdict("run", "a person allowed it") if granted else INTERRUPTED
         return verdict
 
-    def _verdict(self, tool: Tool, arguments: dict[str, Any]) -> Verdict:
+    def _verdict(self, operation: Operation) -> Verdict:
         """Return the strictest word of the floors and of the profile, as it was and as it is."""
-        hashed = operation_hash(self._parts.log.secret, tool.name, arguments)
-        operation = Operation(tool, arguments, hashed, self._ground.roots)
         granted = grants(self._history)
         verdict = stricter(
             judge(self._profile, operation, granted),
@@ -141,23 +161,36 @@ class Calls:
         held = floor(operation, self._ground, self._parts.masker)
         return verdict if held is None else stricter(held, verdict)
 
-    def _arguments(self, call: Call) -> dict[str, Any]:
+    def _absent(self, name: str, tools: Mapping[str, Tool]) -> str:
+        why = self.missing.get(name.partition(SEPARATOR)[0])
+        if why is not None:
+            return f"There is no tool named {name!r} now. {why}"
+        names = ", ".join(sorted(tools)) or "none"
+        return f"There is no tool named {name!r}. There are: {names}."
+
+    def _operation(self, tool: Tool, arguments: dict[str, Any]) -> Operation:
+        """Return a call as rules see it, bound to this very tool and its arguments."""
+        hashed = operation_hash(self._parts.log.secret, tool.identity, arguments)
+        return Operation(tool, arguments, hashed, self._ground.roots)
+
+    def _arguments(self, tool: Tool, call: Call) -> dict[str, Any]:
         """Return the exact arguments of a call; raises ToolFailed when they do not fit."""
         answer = self._turn.answer
         assert answer is not None
         wanted = next(item for item in answer.turn.tool_calls if item.id == call.id)
-        return parse_arguments(self.tools[call.name], wanted.arguments)
+        return parse_arguments(tool, wanted.arguments)
 
     async def ask(self, call: Call, reason: str, rule: str | None) -> None:
         """Append the question to a person whether a call may run, and which rule asks."""
-        arguments = self._arguments(call)
+        tool = self.tools[call.name]
+        arguments = self._arguments(tool, call)
         request = PermissionRequest(
             request_id=self._parts.new_id("perm"),
             tool_call_id=call.id,
             tool_name=call.name,
             input=self._parts.masker.value(arguments),
             reason=self._parts.masker.text(reason),
-            operation_hash=operation_hash(self._parts.log.secret, call.name, arguments),
+            operation_hash=self._operation(tool, arguments).hash,
             expires_at=self._parts.clock_ms() + self._profile.security.hitl_timeout_ms,
             turn_index=self._turn.index,
             rule=self._masked(rule),
@@ -167,14 +200,16 @@ class Calls:
     async def run(self, calls: Sequence[Call]) -> None:
         """Run calls together. That they begin is durable before any of them has an effect."""
         turn = self._turn
-        arguments = [self._arguments(call) for call in calls]
+        # Looked up once: a server's tools may change while this goes on.
+        tools = self.tools
+        arguments = [self._arguments(tools[call.name], call) for call in calls]
         begin = [self._execution(call, given) for call, given in zip(calls, arguments, strict=True)]
         await self._store(begin).wait()
         free = asyncio.Semaphore(PARALLEL_CALLS_MAX)
         try:
             async with asyncio.TaskGroup() as group:
                 for call, given in zip(calls, arguments, strict=True):
-                    group.create_task(self._call(turn, call, given, free))
+                    group.create_task(self._call(turn, call, tools[call.name], given, free))
         except ExceptionGroup as failures:
             # One says it all: the run is not ours any more, and the other calls were cut off.
             raise failures.exceptions[0] from None
@@ -196,9 +231,8 @@ class Calls:
         return None if rule is None else self._parts.masker.text(rule)
 
     async def _call(
-        self, turn: Turn, call: Call, arguments: dict[str, Any], free: asyncio.Semaphore
+        self, turn: Turn, call: Call, tool: Tool, arguments: dict[str, Any], free: asyncio.Semaphore
     ) -> None:
-        tool = self.tools[call.name]
         async with free:
             began_s = self._loop.time()
             output = await self._output(tool, call, arguments)

@@ -6,9 +6,9 @@ run that goes on after a restart is driven by the same code as one that has just
 
 import asyncio
 import json
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from contextlib import aclosing, suppress
-from typing import Final
+from typing import Any, Final
 
 from ownware_gateway.calls import Assignment, Calls, Parts
 from ownware_gateway.events import (
@@ -91,11 +91,16 @@ class Drive:
         self._leaving = False
         self._uncommitted = 0
         self._milestone: Commit | None = None
+        #: What was said of servers that cannot be used, so that it is said once.
+        self._told: set[str] = set()
 
     async def go(self) -> None:
         """Take one step after the other. Raises Refused when the run is not ours any more."""
         if self._facts.turn is not None and self._facts.turn.calls:
             await load_schemas()
+        if self._facts.cancel is None and self._facts.end is None:
+            # Before anything is judged: what a call may do, its server says.
+            await self._within_time(self._calls.connect())
         while not self._leaving:
             step = next_step(
                 self._facts, self._calls.judge, self._limits, timed_out=self._timed_out
@@ -106,7 +111,7 @@ class Drive:
                 case Finish():
                     await finish(self._parts, self._run, self._facts, step, self._active_ms())
                 case _:
-                    await self._within_time(step)
+                    await self._within_time(self._perform(step))
 
     def leave(self) -> None:
         """Stop before the next step: the gateway is leaving, and the log knows where to go on."""
@@ -123,11 +128,11 @@ class Drive:
     def _active_ms(self) -> int:
         return self._run.active_ms + int((self._loop.time() - self._began_s) * 1000)
 
-    async def _within_time(self, step: Step) -> None:
+    async def _within_time(self, work: Coroutine[Any, Any, None]) -> None:
         left_s = (self._run.timeout_ms - self._active_ms()) / 1000
         try:
             async with asyncio.timeout(max(left_s, 0)) as self._scope:
-                await self._perform(step)
+                await work
         except TimeoutError:
             if self._scope is None or not self._scope.expired():
                 raise
@@ -168,6 +173,7 @@ class Drive:
     # -- asking the model
 
     async def _ask(self, step: Ask) -> None:
+        await self._calls.connect()
         opening = self._opening(step)
         if opening:
             self._store(opening)
@@ -205,7 +211,13 @@ class Drive:
         elif step.new_turn:
             events.append(TurnStart(turn_index=step.turn_index, timestamp=now))
         self._restarted = False
-        return events
+        return events + self._notices(step.turn_index)
+
+    def _notices(self, turn_index: int) -> list[Event]:
+        """Return what a person should know of servers that cannot be used, each thing once."""
+        news = [why for why in self._calls.missing.values() if why not in self._told]
+        self._told.update(news)
+        return [TextDelta(text=f"[{why}]\n\n", turn_index=turn_index, notice=True) for why in news]
 
     def _again(self, recovery: Recovery, now: int) -> list[Event]:
         """Return what announces that the model is asked again.
@@ -258,7 +270,7 @@ class Drive:
         return Request(
             model=self._dispatch.name,
             messages=conversation(self._history),
-            system=profile.instructions,
+            system=self._instructions(),
             tools=[
                 ToolSpec(tool.name, tool.description, tool.input_schema)
                 for tool in self._calls.tools.values()
@@ -267,6 +279,11 @@ class Drive:
             max_tokens=profile.max_tokens,
             thinking=profile.thinking,
         )
+
+    def _instructions(self) -> str:
+        """Return the system prompt, with what the model should know of servers that are away."""
+        missing = [f"[{why} Its tools cannot be used.]" for why in self._calls.missing.values()]
+        return "\n\n".join(part for part in (self._profile.instructions, *missing) if part)
 
     async def _keep(self, turn: Turn, answer: Answer) -> None:
         """Append that the answer is whole, and keep it exactly, before anything follows from it."""

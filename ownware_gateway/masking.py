@@ -54,8 +54,17 @@ class Masker:
     """Replaces secrets in text and in JSON values. `known` are values that must never be seen."""
 
     def __init__(self, known: Iterable[str] = ()) -> None:
-        values = sorted({v for v in known if len(v) >= KNOWN_LENGTH_MIN}, key=len, reverse=True)
-        self._known = re.compile("|".join(map(re.escape, values))) if values else None
+        self._values: set[str] = set()
+        self._known: re.Pattern[str] | None = None
+        self.hide(known)
+
+    def hide(self, values: Iterable[str]) -> None:
+        """Replace these values too from now on; those that are short would mask ordinary words."""
+        new = {value for value in values if len(value) >= KNOWN_LENGTH_MIN} - self._values
+        if new:
+            self._values |= new
+            ordered = sorted(self._values, key=len, reverse=True)
+            self._known = re.compile("|".join(map(re.escape, ordered)))
 
     def knows(self, text: str) -> bool:
         """Return whether one of the known values stands in the text."""

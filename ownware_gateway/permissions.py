@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 from ownware_gateway.policies import Operation, Rule, fits, rules
-from ownware_gateway.profile import Profile
+from ownware_gateway.profile import SEPARATOR, Profile
 from ownware_gateway.tools import Tool
 
 #: What each preset of a profile contains, by tool name; `full` is every tool there is.
@@ -30,13 +30,21 @@ class Verdict:
 
 
 def allowed_tools(profile: Profile, tools: dict[str, Tool]) -> dict[str, Tool]:
-    """Return the tools that a profile's agent has: its preset, plus `allow`, minus `deny`."""
+    """Return the tools that a profile's agent has: its preset, plus `allow`, minus `deny`.
+
+    The tools of the MCP servers that a profile declares itself are its own under any preset.
+    """
     preset = _PRESETS.get(profile.tools.preset)
     return {
         name: tool
         for name, tool in tools.items()
-        if (preset is None or name in preset or name in profile.tools.allow)
-        and name not in profile.tools.deny
+        if (
+            preset is None
+            or name in preset
+            or profile.tools.allows(name)
+            or name.partition(SEPARATOR)[0] in profile.tools.mcp
+        )
+        and not profile.tools.denies(name)
     }
 
 
@@ -45,7 +53,8 @@ def judge(profile: Profile, operation: Operation, grants: Set[str]) -> Verdict:
 
     The first rule that fits decides, and where none does, the mode. A rule before it that asks or
     denies and cannot be ruled out makes it a question at least. `grants` holds what a person has
-    allowed for the rest of the thread; it answers questions and beats no refusal.
+    allowed for the rest of the thread, as `grant` names it, or the very operation where the tool
+    says that only that counts; it answers questions and beats no refusal.
     """
     doubt: Verdict | None = None
     verdict: Verdict | None = None
@@ -79,7 +88,7 @@ def _by_mode(profile: Profile, operation: Operation, grants: Set[str]) -> Verdic
     if mode == "auto":
         return Verdict("run", "the profile runs every tool without asking")
     if mode == "allowlist":
-        if tool.name in profile.tools.allow:
+        if profile.tools.allows(tool.name):
             return Verdict("run", "the profile's tools.allow names it")
         return Verdict(
             "deny", f"The profile only runs what its tools.allow names, not {tool.name}."
@@ -94,8 +103,9 @@ def _by_mode(profile: Profile, operation: Operation, grants: Set[str]) -> Verdic
 
 def _ask(operation: Operation, grants: Set[str], verdict: Verdict) -> Verdict:
     """Return the question, or that it has been answered for the rest of the thread."""
-    name = grant(operation.tool.name, verdict.rule)
-    if (operation.hash if operation.tool.subject else name) in grants:
+    tool = operation.tool
+    wanted = operation.hash if tool.subject or tool.exact else grant(tool.name, verdict.rule)
+    if wanted in grants:
         return Verdict("run", "a person allowed it for the rest of this thread")
     return verdict
 
@@ -113,10 +123,10 @@ def stricter(one: Verdict, other: Verdict) -> Verdict:
     return max(one, other, key=lambda verdict: ("run", "ask", "deny").index(verdict.decision))
 
 
-def operation_hash(secret: bytes, tool_name: str, arguments: dict[str, Any]) -> str:
-    """Return what binds a decision to a tool and its exact input.
+def operation_hash(secret: bytes, identity: str, arguments: dict[str, Any]) -> str:
+    """Return what binds a decision to a tool, by its identity, and its exact input.
 
     Keyed, so that what is masked in the request cannot be guessed from it.
     """
-    text = json.dumps([tool_name, arguments], sort_keys=True, separators=(",", ":"))
+    text = json.dumps([identity, arguments], sort_keys=True, separators=(",", ":"))
     return hmac.new(secret, text.encode("utf-8", "surrogatepass"), hashlib.sha256).hexdigest()

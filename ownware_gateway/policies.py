@@ -136,7 +136,7 @@ def _holds(rule: Rule, name: str, operation: Operation, *, sure: bool) -> Match:
     condition = rule.when[name]
     value = operation.arguments.get(name)
     if value is None:
-        value = operation.tool.input_schema.get("properties", {}).get(name, {}).get("default")
+        value = _default(operation.tool, name)
     if value is None:
         return "no"
     if condition.equals is not None:
@@ -148,6 +148,13 @@ def _holds(rule: Rule, name: str, operation: Operation, *, sure: bool) -> Match:
     if sure:
         return _weakest(_fits_text(condition, item, operation) for item in values)
     return _strongest(_may_fit_text(condition, item, operation) for item in values)
+
+
+def _default(tool: Tool, name: str) -> Any:
+    """Return what an argument is when it is left out; the schema may be another program's."""
+    properties = tool.input_schema.get("properties")
+    described = properties.get(name) if isinstance(properties, dict) else None
+    return described.get("default") if isinstance(described, dict) else None
 
 
 def _fits_text(condition: Condition, text: str, operation: Operation) -> Match:

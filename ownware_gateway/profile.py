@@ -9,7 +9,7 @@ import difflib
 import json
 import re
 import shlex
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -25,9 +25,10 @@ from pydantic import (
     model_validator,
 )
 from pydantic.alias_generators import to_camel
-from pydantic_core import PydanticSerializationError
+from pydantic_core import PydanticCustomError, PydanticSerializationError
 
 from ownware_gateway.errors import GatewayError
+from ownware_gateway.masking import MASK
 from ownware_gateway.shell_syntax import parse
 
 AGENT_FILES: Final = ("agent.json", "agent.yaml", "agent.yml")
@@ -41,12 +42,24 @@ TEXTS_MAX: Final = 200
 TEXT_CHARS_MAX: Final = 1000
 _UNITS_MS: Final = {"ms": 1, "s": 1_000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
 
+#: Stands between an MCP server's name and its tool's: `server__tool`.
+SEPARATOR: Final = "__"
+
+#: Stands in a server's settings for a variable of the gateway's own environment.
+VARIABLE: Final = re.compile(r"\$\{env:([A-Za-z_][A-Za-z0-9_]*)\}")
+
+#: Fields whose values may be secrets: they are shown to nobody.
+_SECRET_FIELDS: Final = frozenset({"env", "headers"})
+
 Preset = Literal["full", "coding", "readonly", "none"]
 PermissionMode = Literal["auto", "ask", "deny", "allowlist"]
 Decision = Literal["allow", "ask", "deny"]
+Transport = Literal["stdio", "http", "sse"]
 
-#: What is between the name of a server and that of its tool in the name that the agent knows.
-SERVER_MARK: Final = "__"
+#: With the separator in it, or an underscore at its end, `server__tool` could be read in two ways.
+ServerName = Annotated[
+    str, Field(max_length=32, pattern=r"^[A-Za-z0-9]+(?:(?:_|-+)[A-Za-z0-9]+)*$")
+]
 
 #: The tool that the rules of kind `shell` are about unless they name another.
 SHELL: Final = "shell_execute"
@@ -79,12 +92,90 @@ class _Strict(BaseModel):
     )
 
 
+class McpServer(_Strict):
+    """An MCP server: a program to start (`command`), or an address to call (`url`).
+
+    `${env:NAME}` in `args`, `env`, `url` and `headers` stands for a variable of the gateway's own
+    environment. What a server says about its tools counts for permissions only when `trusted`.
+    """
+
+    transport: Transport = "stdio"
+    command: str | None = Field(default=None, min_length=1)
+    args: list[str] = Field(default_factory=list, max_length=256)
+    env: dict[str, str] = Field(default_factory=dict)
+    url: str | None = Field(default=None, pattern=r"^https?://[^\s/]+")
+    headers: dict[str, str] = Field(default_factory=dict)
+    description: str = ""
+    enabled: bool = True
+    trusted: bool = False
+    start_timeout: DurationMs = 30_000
+    call_timeout: DurationMs = 120_000
+
+    @model_validator(mode="before")
+    @classmethod
+    def _words_of_others(cls, data: Any) -> Any:
+        """Take the names that files of other programs have for the same thing."""
+        if not isinstance(data, dict):
+            return data
+        data = dict(data)
+        if "type" in data and "transport" not in data:
+            data["transport"] = data.pop("type")
+        if data.get("transport") in ("streamable-http", "streamableHttp", "streamable_http"):
+            data["transport"] = "http"
+        if "transport" not in data and "url" in data:
+            data["transport"] = "http"
+        return data
+
+    @model_validator(mode="after")
+    def _one_way_to_reach_it(self) -> Self:
+        # Its own kind of error, because that of a ValueError quotes all fields, secrets included.
+        if self.transport == "stdio" and (self.command is None or self.url or self.headers):
+            raise PydanticCustomError(
+                "mcp_server", "a server of transport stdio has a 'command', no 'url' or 'headers'"
+            )
+        if self.transport != "stdio" and (self.url is None or self.command or self.env):
+            raise PydanticCustomError(
+                "mcp_server", "a server of transport http or sse has a 'url', no 'command' or 'env'"
+            )
+        return self
+
+    def shown(self) -> dict[str, Any]:
+        """Return the settings as people may see them, without values that may be secret."""
+        fields = self.model_dump(mode="json")
+        for name in _SECRET_FIELDS:
+            fields[name] = {
+                key: value if VARIABLE.fullmatch(value) else MASK
+                for key, value in fields[name].items()
+            }
+        if self.url is not None:
+            # A login or a query may hold one.
+            fields["url"] = re.sub(r"(?<=://)[^/@]*@", "", self.url.partition("?")[0])
+        return fields
+
+
 class Tools(_Strict):
-    """Which tools the agent has: a preset, and what is added to it or taken away by name."""
+    """Which tools the agent has: a preset, and what is added to it or taken away by name.
+
+    `server__*` in `allow` and `deny` stands for all tools of an MCP server.
+    """
 
     preset: Preset = "full"
     allow: list[str] = Field(default_factory=list)
     deny: list[str] = Field(default_factory=list)
+    mcp: dict[ServerName, McpServer] = Field(default_factory=dict, max_length=64)
+
+    def allows(self, name: str) -> bool:
+        """Whether `allow` names a tool, by itself or with its server."""
+        return _listed(name, self.allow)
+
+    def denies(self, name: str) -> bool:
+        """Whether `deny` names a tool, by itself or with its server."""
+        return _listed(name, self.deny)
+
+
+def _listed(name: str, names: list[str]) -> bool:
+    server, separator, _ = name.partition(SEPARATOR)
+    return name in names or (bool(separator) and f"{server}{SEPARATOR}*" in names)
 
 
 class Security(_Strict):
@@ -245,16 +336,26 @@ class Broken:
     message: str
 
 
+@dataclass(frozen=True, slots=True)
+class Known:
+    """What a profile may name: tools, and the gateway's MCP servers as they are now.
+
+    `tools` holds the schemas of each one's arguments, by their names. `mcp_missing` says why MCP
+    servers cannot be used at all, if they cannot.
+    """
+
+    tools: Mapping[str, Mapping[str, Any]]
+    servers: Callable[[], Collection[str]] = tuple
+    mcp_missing: str | None = None
+
+
 class Profiles:
     """The profiles in a folder, always as they are on disk now."""
 
-    def __init__(self, folder: Path, tools: Mapping[str, Mapping[str, Any]] | None = None) -> None:
-        """`tools` are those that a profile may name, each with the schemas of its arguments.
-
-        None does not look at names.
-        """
+    def __init__(self, folder: Path, known: Known | None = None) -> None:
+        """`known` is what a profile may name; None does not look at names."""
         self._folder = folder
-        self._tools = tools
+        self._known = known
         self._read: dict[Path, tuple[list[bytes], Profile | Broken]] = {}
 
     def all(self) -> list[Profile]:
@@ -285,16 +386,19 @@ class Profiles:
 
         A misspelt name in `deny`, or in a rule, would leave on what was to be taken away.
         """
-        if isinstance(item, Broken) or self._tools is None:
+        known = self._known
+        if isinstance(item, Broken) or known is None:
             return item
+        if item.tools.mcp and known.mcp_missing is not None:
+            return Broken(folder.name, known.mcp_missing)
+        servers = _servers_named(item, known)
         for field in ("allow", "deny"):
             for name in getattr(item.tools, field):
-                if name not in self._tools:
-                    hint = _near(name, self._tools)
-                    message = f"The field 'tools.{field}' names no tool with {name!r}; {hint}"
+                if (wrong := _unknown(name, known.tools, servers)) is not None:
+                    message = f"The field 'tools.{field}' names no tool with {name!r}; {wrong}"
                     return Broken(folder.name, message)
         for index, policy in enumerate(item.policies):
-            wrong = _never(policy, self._tools) or _hidden(policy, item.policies[:index])
+            wrong = _never(policy, known, servers) or _hidden(policy, item.policies[:index])
             if wrong is not None:
                 return Broken(folder.name, f"The field 'policies.{index}' can never fit: {wrong}")
         return item
@@ -350,22 +454,47 @@ class Profiles:
 
 def _near(name: str, names: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, names := sorted(names), n=1)
-    return f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(names)}."
+    return f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(names) or 'none'}."
 
 
-def _never(policy: Policy, tools: Mapping[str, Mapping[str, Any]]) -> str | None:
+def _servers_named(item: Profile, known: Known) -> set[str]:
+    """Return the servers whose tools a profile may name."""
+    names = (*item.tools.allow, *item.tools.deny, *(policy.tools for policy in item.policies))
+    # The gateway's are read from files: not for a profile that names none.
+    gateway = known.servers() if any(SEPARATOR in name for name in names) else ()
+    return {*item.tools.mcp, *gateway}
+
+
+def _unknown(name: str, tools: Collection[str], servers: Collection[str]) -> str | None:
+    """Return what is wrong with the name of a tool; an MCP server's tools come and go."""
+    server, separator, tool = name.partition(SEPARATOR)
+    if separator and tool:
+        return _no_server(server, servers)
+    return None if name in tools else _near(name, tools)
+
+
+def _no_server(name: str, servers: Collection[str]) -> str | None:
+    """Return that there is no such MCP server; None when there is."""
+    if name in servers:
+        return None
+    return f"no MCP server is named {name!r}, {_near(name, servers)}"
+
+
+def _never(policy: Policy, known: Known, servers: Collection[str]) -> str | None:
     """Return why a rule fits no call of any tool; None when it may fit one."""
-    if SERVER_MARK in policy.tools:
-        return None  # What a server's tools are called, and take, is only known when it runs.
-    matched = [name for name in tools if fnmatchcase(name, policy.tools)]
+    server, separator, _ = policy.tools.partition(SEPARATOR)
+    if separator:
+        # What a server's tools are called, and take, is only known when it runs.
+        return None if {"*", "?"} & set(server) else _no_server(server, servers)
+    matched = [name for name in known.tools if fnmatchcase(name, policy.tools)]
     if not matched:
-        return f"there is no tool {policy.tools!r}; {_near(policy.tools, tools)}"
+        return f"there is no tool {policy.tools!r}; {_near(policy.tools, known.tools)}"
     if policy.tools == "*":
         return None  # Tools of servers are meant too.
     for argument in policy.arguments:
-        known = {name for tool in matched for name in tools[tool]}
-        if argument not in known:
-            return f"{policy.tools} has no argument {argument!r}; {_near(argument, known)}"
+        names = {name for tool in matched for name in known.tools[tool]}
+        if argument not in names:
+            return f"{policy.tools} has no argument {argument!r}; {_near(argument, names)}"
     for argument, condition in policy.when.items():
         if SHELL in matched and argument == "command" and condition.glob is not None:
             return "glob is for paths; prefix and pattern are for commands."
@@ -457,8 +586,12 @@ def _explain_one(problem: Any, model: type[BaseModel]) -> str:
         return f"There is no field {path!r}; {hint}"
     if problem["type"] == "missing":
         return f"The field {path!r} is required."
+    if problem["type"] == "mcp_server":
+        return f"The field {path!r} is wrong: {problem['msg']}."
     expected = problem["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
     expected = re.sub(r"a valid dictionary or instance of \w+", "an object", expected)
+    if not _SECRET_FIELDS.isdisjoint(problem["loc"]):
+        return f"The field {path!r} is of another kind; expected: {expected}."
     try:
         given = json.dumps(problem["input"], default=str)
     except (TypeError, ValueError):  # YAML has keys, and loops, that JSON has not

@@ -82,6 +82,12 @@ class Settings:
     local_api_key: str = _setting(
         "", "Key for local: models, where the server wants one.", secret=True
     )
+    mcp_config: str = _setting(
+        "", "Another file of MCP servers, beside mcp.json in the data folder."
+    )
+    mcp_add: bool = _setting(
+        False, "Let callers add MCP servers, which are programs of their choice."
+    )
     tool_env: tuple[str, ...] = _setting(
         (), "Names of variables that tools' child processes get too."
     )
@@ -154,6 +160,11 @@ def child_environment(
     environ = os.environ if environ is None else environ
     passed = {"PATH", "HOME", "LANG", "LC_ALL", "TERM", "TZ", "TMPDIR", "USER", *settings.tool_env}
     return {name: value for name, value in environ.items() if name in passed}
+
+
+def own_variable(name: str) -> str | None:
+    """Return a variable of the gateway's own environment, which a configuration names."""
+    return os.environ.get(name)
 
 
 def _parse(name: str, default: Any, text: str) -> Any:

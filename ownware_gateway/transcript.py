@@ -322,14 +322,16 @@ async def _load_cut_text(log: Log, stream: Stream, turn: Turn) -> None:
             if record.type in _TURN_OVER:
                 turn.cut_text = "".join(pieces)
                 return
-            turn.shown |= record.type in _SHOWN
-            pieces += _text_of(record)
+            text = _text_of(record)
+            turn.shown |= bool(text) or record.type in _SHOWN
+            pieces += text
         after = records[-1].seq
     turn.cut_text = "".join(pieces)
 
 
 _TURN_OVER: Final = frozenset({"turn.start", "turn.interrupted", "session.end", "user.message"})
-_SHOWN: Final = frozenset({"text.delta", "thinking.delta", "tool.call.start"})
+#: What beside the model's own text shows something of an answer; a notice is none of it.
+_SHOWN: Final = frozenset({"thinking.delta", "tool.call.start"})
 
 
 def _text_of(record: Record) -> list[str]:

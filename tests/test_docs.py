@@ -26,7 +26,7 @@ from ownware_gateway.models import Answer, Request, UserTurn
 from ownware_gateway.models.catalogue import DEMO_ID, PROVIDERS
 from ownware_gateway.models.demo import ABOUT, Demo
 from ownware_gateway.permissions import allowed_tools
-from ownware_gateway.profile import PermissionMode, Preset, Profile, Profiles
+from ownware_gateway.profile import McpServer, PermissionMode, Preset, Profile, Profiles
 from ownware_gateway.settings import Settings, variable
 from tests.gateway import (
     Gateways,
@@ -292,6 +292,12 @@ def test_the_profiles_page_lists_every_field_with_its_default() -> None:
         for name, default, _ in rows
     }
     assert described == dict(profile_fields(Profile))
+
+
+def test_the_page_of_mcp_servers_lists_every_field_with_its_default() -> None:
+    rows = table(section(read("docs/mcp.md"), "Fields of a server"))
+    described = {ticked(name)[0]: json.loads(ticked(default)[0]) for name, default, _ in rows}
+    assert described == dict(profile_fields(McpServer))
 
 
 def test_the_profiles_page_lists_every_tool_with_its_arguments_and_presets() -> None:

@@ -10,13 +10,16 @@ import pytest
 from ownware_gateway.app import tools
 from ownware_gateway.permissions import grant, judge
 from ownware_gateway.policies import RULE_CHARS_MAX, Operation, rules
-from ownware_gateway.profile import Profile, Profiles
+from ownware_gateway.profile import Known, Profile, Profiles
 from ownware_gateway.tools import Context, Output, Tool
 from tests.gateway import write_profile
 
 ALL: Final = tools()
 ROOTS: Final = ("/srv/work",)
-SCHEMAS: Final = {name: tool.input_schema["properties"] for name, tool in ALL.items()}
+KNOWN: Final = Known(
+    {name: tool.input_schema["properties"] for name, tool in ALL.items()},
+    servers=lambda: ["server"],
+)
 
 
 async def no_call(context: Context, arguments: dict[str, Any]) -> Output:
@@ -646,6 +649,10 @@ def test_a_pattern_takes_linear_time() -> None:
             "'policies.0' can never fit: there is no tool 'wirte_file'; did you mean 'write_file'?",
         ),
         ({"tool": "writ-*", "decision": "deny"}, "there is no tool 'writ-*'"),
+        (
+            {"tool": "sever__*", "decision": "deny"},
+            "'policies.0' can never fit: no MCP server is named 'sever', did you mean 'server'?",
+        ),
         ({"tool": "a b", "decision": "deny"}, "String should match pattern"),
         (
             when("write_file", "deny", pth={"glob": "a"}),
@@ -660,7 +667,7 @@ def test_a_rule_that_is_wrong_or_can_never_fit_makes_the_profile_unusable(
     tmp_path: Path, policy: dict[str, Any], sentence: str
 ) -> None:
     write_profile(tmp_path, "p", policies=[policy])
-    (broken,) = Profiles(tmp_path, SCHEMAS).broken()
+    (broken,) = Profiles(tmp_path, KNOWN).broken()
     assert sentence in broken.message
 
 
@@ -669,6 +676,7 @@ def test_a_rule_that_is_wrong_or_can_never_fit_makes_the_profile_unusable(
     [
         {"tool": "server__*", "decision": "ask"},
         {"tool": "*__delete", "decision": "deny"},
+        {"tool": "own_*__delete", "decision": "deny"},
         when("server__x", "deny", anything={"glob": "a"}),
         when("*", "deny", anything={"pattern": "a"}),
         {"kind": "shell", "denyPatterns": ["x"]},
@@ -680,17 +688,17 @@ def test_a_rule_may_be_about_tools_that_are_not_known_yet(
     tmp_path: Path, policy: dict[str, Any]
 ) -> None:
     write_profile(tmp_path, "p", policies=[policy])
-    assert Profiles(tmp_path, SCHEMAS).broken() == []
+    assert Profiles(tmp_path, KNOWN).broken() == []
 
 
 @pytest.mark.parametrize("first", ["*", "write_file", "write_*"])
 def test_a_rule_behind_one_that_fits_all_its_calls_is_a_mistake(tmp_path: Path, first: str) -> None:
     rules = [{"tool": first, "decision": "allow"}, when("write_file", "deny", path={"glob": "a"})]
     write_profile(tmp_path, "p", policies=rules)
-    (broken,) = Profiles(tmp_path, SCHEMAS).broken()
+    (broken,) = Profiles(tmp_path, KNOWN).broken()
     assert "'policies.1' can never fit: the first rule that fits decides" in broken.message
     write_profile(tmp_path, "p", policies=rules[::-1])
-    assert Profiles(tmp_path, SCHEMAS).broken() == []
+    assert Profiles(tmp_path, KNOWN).broken() == []
 
 
 def test_a_run_keeps_rules_as_they_are() -> None:
@@ -700,3 +708,13 @@ def test_a_run_keeps_rules_as_they_are() -> None:
     )
     assert Profile.restore(kept.dump()) == kept
     assert list(rules(Profile.restore(kept.dump()))) == list(rules(kept))
+
+
+@pytest.mark.parametrize("properties", [None, [], {"path": True}, {"path": {"type": "string"}}])
+def test_a_schema_of_another_program_may_say_anything_of_an_argument_that_is_left_out(
+    properties: Any,
+) -> None:
+    tool = Tool("server__x", "", {"type": "object", "properties": properties}, no_call)
+    rules = profile(when("server__x", "deny", path={"glob": "a"}), mode="auto")
+    assert decide(rules, Operation(tool, {}, "hash", ROOTS)) == "run"
+    assert decide(rules, Operation(tool, {"path": "a"}, "hash", ROOTS)) == "deny"

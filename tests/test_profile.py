@@ -8,7 +8,8 @@ from pydantic import ValidationError
 
 from ownware_gateway import profile as module
 from ownware_gateway.errors import GatewayError
-from ownware_gateway.profile import Profile, Profiles
+from ownware_gateway.mcp import SDK_MISSING
+from ownware_gateway.profile import Known, Profile, Profiles
 
 FULL = {
     "name": "coder",
@@ -18,7 +19,7 @@ FULL = {
     "maxTokens": 4096,
     "maxTurns": 20,
     "thinking": "low",
-    "tools": {"preset": "coding", "allow": ["shell"], "deny": ["write_file"]},
+    "tools": {"preset": "coding", "allow": ["shell"], "deny": ["write_file"], "mcp": {}},
     "security": {"permissionMode": "allowlist", "hitlTimeoutMs": "2h"},
     "policies": [
         {
@@ -153,7 +154,20 @@ def test_what_is_no_profile_is_left_alone(tmp_path: Path) -> None:
             {"security": {"permisionMode": "ask"}},
             "There is no field 'security.permisionMode'; did you mean 'permissionMode'?",
         ),
-        ({"tools": {"zzz": 1}}, "There is no field 'tools.zzz'; known are: preset, allow, deny."),
+        (
+            {"tools": {"zzz": 1}},
+            "There is no field 'tools.zzz'; known are: preset, allow, deny, mcp.",
+        ),
+        (
+            {"tools": {"mcp": {"a": {"comand": "x"}}}},
+            "There is no field 'tools.mcp.a.comand'; did you mean 'command'?",
+        ),
+        (
+            {"tools": {"mcp": {"a": {"command": "x", "url": "https://a"}}}},
+            "The field 'tools.mcp.a' is wrong: a server of transport http or sse has a 'url',",
+        ),
+        ({"tools": {"mcp": {"a": {"url": "ftp://a"}}}}, "The field 'tools.mcp.a.url' is"),
+        ({"tools": {"mcp": {"a__b": {"command": "x"}}}}, "tools.mcp.a__b"),
         ({"soul": "x"}, "the field 'soul' is the text of SOUL.md beside it."),
         ({"description": "x\ud800"}, "holds half a character, like \\ud800 alone."),
         ({"systemPrompt": ["x" * 200]}, "x..."),
@@ -368,3 +382,26 @@ def test_a_profile_cannot_be_changed() -> None:
 
 def test_the_profile_as_clients_see_it_has_no_soul() -> None:
     assert "soul" not in Profile(name="a", soul="deep").model_dump(mode="json")
+
+
+def test_a_server_is_described_in_the_words_of_other_programs_too(tmp_path: Path) -> None:
+    servers = {
+        "a": {"type": "streamable-http", "url": "https://a"},
+        "b": {"url": "https://b"},
+        "c": {"type": "sse", "url": "https://c"},
+        "d": {"command": "d"},
+    }
+    write(tmp_path, "mine", {"name": "mine", "tools": {"mcp": servers}})
+    found = Profiles(tmp_path).get("mine").tools.mcp
+    assert [server.transport for server in found.values()] == ["http", "http", "sse", "stdio"]
+    assert Profile.restore(Profiles(tmp_path).get("mine").dump()).tools.mcp == found
+
+
+def test_a_profile_that_names_servers_says_what_is_missing_to_use_them(tmp_path: Path) -> None:
+    write(tmp_path, "mine", {"name": "mine", "tools": {"mcp": {"a": {"command": "x"}}}})
+    write(tmp_path, "other", {"name": "other"})
+    profiles = Profiles(tmp_path, Known({}, mcp_missing=SDK_MISSING))
+    assert names(profiles) == ["other"]
+    with pytest.raises(GatewayError) as caught:
+        profiles.get("mine")
+    assert "pip install 'ownware-gateway[mcp]'" in caught.value.message

@@ -261,7 +261,7 @@ async def test_a_call_that_was_cut_off_is_not_repeated_against_a_new_rule(
     look = Tool("look", "", {"type": "object", "properties": {}}, hangs, safe_to_repeat=True)
     monkeypatch.setattr("ownware_gateway.app.GRACE_S", 0.0)
     monkeypatch.setattr("ownware_gateway.app.HANDLERS_GRACE_S", 0.05)
-    monkeypatch.setattr("ownware_gateway.app.tools", lambda: {"look": look})
+    monkeypatch.setattr("ownware_gateway.app.tools", lambda _: {"look": look})
     make_profile("assistant", security=AUTO, tools={"preset": "full"})
     up = await start_gateway()
     run = await ask(http, up, provider, Call("look"))

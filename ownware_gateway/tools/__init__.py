@@ -50,8 +50,11 @@ class Tool:
     what it holds (child processes included) when it is cancelled: on a cancelled run, and after
     `timeout_s`. `reads_only` tools need nobody's permission under mode `ask`. `safe_to_repeat`
     tools may run again after a crash cut them off. `subject` gives what a rule or a person's
-    `always` is about, beside the tool's name: for the shell, the command. `reads` says what its
-    output may show of the paths in its arguments: a file, all files of a folder, or no content.
+    `always` is about, beside the tool's name: for the shell, the command. `exact` tools have none,
+    and yet an `always` covers only the very same call. `reads` says what its output may show of the
+    paths in its arguments: a file, all files of a folder, or no content. `origin` is set for a tool
+    of another program: it tells which, as part of what a person decides about; the schema is then
+    not ours, and that program checks the arguments.
     """
 
     name: str
@@ -63,6 +66,13 @@ class Tool:
     timeout_s: float = TIMEOUT_S
     reads: Literal["nothing", "file", "folder"] = "file"
     subject: Callable[[dict[str, Any]], str] | None = field(default=None, repr=False)
+    exact: bool = False
+    origin: str = ""
+
+    @property
+    def identity(self) -> str:
+        """What tells this tool from any other, of the same name in another profile for example."""
+        return f"{self.name} {self.origin}" if self.origin else self.name
 
 
 def clip(text: str, limit_bytes: int = OUTPUT_LIMIT_BYTES) -> Output:
@@ -101,6 +111,12 @@ def parse_arguments(tool: Tool, text: str) -> dict[str, Any]:
 
     Raises ToolFailed with what is wrong and where, for the model to correct.
     """
+    try:
+        arguments = json.loads(text or "{}")
+    except (ValueError, RecursionError) as error:
+        raise ToolFailed(f"The arguments of {tool.name} are not JSON: {error}.") from None
+    if tool.origin:
+        return _of_another(tool, arguments)
     if _Schemas.validator is None:
         try:
             _Schemas.load()
@@ -108,16 +124,28 @@ def parse_arguments(tool: Tool, text: str) -> dict[str, Any]:
             raise ToolFailed(
                 f"The arguments of {tool.name} cannot be checked now: {error}. Try again."
             ) from None
-    try:
-        arguments = json.loads(text or "{}")
-    except (ValueError, RecursionError) as error:
-        raise ToolFailed(f"The arguments of {tool.name} are not JSON: {error}.") from None
     validator = _Schemas.validator(tool.input_schema)
     problems = sorted(validator.iter_errors(arguments), key=lambda problem: list(problem.path))
     if problems:
         said = "; ".join(f"{item.json_path}: {_said(item)}" for item in problems[:5])
         raise ToolFailed(f"The arguments of {tool.name} do not fit: {said[:1000]}.")
     assert isinstance(arguments, dict), tool.input_schema
+    return arguments
+
+
+def _of_another(tool: Tool, arguments: Any) -> dict[str, Any]:
+    """Return the arguments for another program, checked no further than is safe.
+
+    Its schema may hold a pattern that takes for ever, or references to fetch.
+    """
+    if not isinstance(arguments, dict):
+        raise ToolFailed(f"The arguments of {tool.name} must be an object.")
+    required = tool.input_schema.get("required")
+    if isinstance(required, list):
+        missing = [name for name in required if isinstance(name, str) and name not in arguments]
+        if missing:
+            names = ", ".join(missing[:5])
+            raise ToolFailed(f"The arguments of {tool.name} do not fit: {names} missing.")
     return arguments
 
 

@@ -13,13 +13,12 @@ import re
 import signal
 import subprocess
 import threading
-import time
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path
 from typing import Any, Final
 
+from ownware_gateway.processes import sweep
 from ownware_gateway.tools import OUTPUT_LIMIT_BYTES, TIMEOUT_S, Context, Output, Tool, ToolFailed
 
 #: The most that a call may ask for as its `timeout_s`.
@@ -52,10 +51,6 @@ PIPE_GRACE_S: Final = 0.2
 KILL_WAIT_S: Final = 1.0
 CANCEL_WAIT_S: Final = 0.05
 
-#: How often to look for processes that are left, and how long to wait before the next look.
-SWEEPS_MAX: Final = 10
-SWEEP_PAUSE_S: Final = 0.002
-
 #: The environment variable by which a command's processes are found.
 MARK: Final = "OWNWARE_CALL"
 
@@ -65,7 +60,6 @@ READ_BYTES: Final = 65_536
 DRAIN_READS_MAX: Final = 16
 
 _LINE_END: Final = re.compile(r"[\r\n]+")
-_PROC: Final = Path("/proc")
 
 
 async def shell_execute(context: Context, arguments: dict[str, Any]) -> Output:
@@ -210,7 +204,7 @@ class _Command:
     def _reap(self) -> None:
         self._process.wait()
         self._drained.wait(PIPE_GRACE_S)
-        self._left_over = _sweep(self._process.pid, f"{MARK}={self._mark}".encode())
+        self._left_over = sweep(self._process.pid, f"{MARK}={self._mark}".encode())
         with suppress(RuntimeError):  # The loop is closed when the gateway has stopped.
             self._loop.call_soon_threadsafe(self._finished.set_result, None)
 
@@ -280,45 +274,6 @@ def _signal_name(number: int) -> str:
         return signal.Signals(number).name
     except ValueError:  # A real-time signal has no name.
         return f"signal {number}"
-
-
-def _sweep(session: int, mark: bytes) -> int:
-    """Kill a command's processes until none is left; return how many there were."""
-    if not (_PROC / "self" / "stat").exists():
-        with suppress(ProcessLookupError, PermissionError):
-            os.killpg(session, signal.SIGKILL)
-        return 0
-    seen: set[int] = set()
-    for _ in range(SWEEPS_MAX):
-        alive = [int(name) for name in os.listdir(_PROC) if _belongs(name, session, mark)]
-        for pid in alive:
-            with suppress(ProcessLookupError, PermissionError):
-                os.kill(pid, signal.SIGKILL)
-        if not alive:
-            break
-        seen.update(alive)
-        time.sleep(SWEEP_PAUSE_S)
-    return len(seen)
-
-
-def _belongs(name: str, session: int, mark: bytes) -> bool:
-    """Whether this entry of /proc is a live process of the session or with the mark, see proc(5).
-
-    The name of the program, which may hold anything, stands in parentheses before the fields.
-    """
-    if not name.isdigit():
-        return False
-    try:
-        state, _, _, its_session = (
-            (_PROC / name / "stat").read_bytes().rpartition(b")")[2].split()[:4]
-        )
-        if state in (b"Z", b"X"):
-            return False
-        if int(its_session) == session:
-            return True
-        return mark in (_PROC / name / "environ").read_bytes().split(b"\0")
-    except OSError:  # It is gone, or another user's.
-        return False
 
 
 TOOLS: Final[tuple[Tool, ...]] = (

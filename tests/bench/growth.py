@@ -177,7 +177,7 @@ async def prepared(folder: Path, name: str, shape: Shape) -> Log:
         shutil.rmtree(part.folder, ignore_errors=True)
         part.file.parent.mkdir(parents=True, mode=0o700)
         write_profile(part.folder / "profiles", "bench", model="openai:bench")
-        profile = Profiles(part.folder / "profiles", {}).get("bench")
+        profile = Profiles(part.folder / "profiles").get("bench")
         _say(f"making a log of {shape.events:,} events in {shape.threads:,} threads: {part.folder}")
         await build(part.file, shape, profile.dump().encode())
         part.folder.rename(log.folder)

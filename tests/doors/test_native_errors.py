@@ -327,6 +327,19 @@ PATHS: dict[str, Bad] = {
     "cursor of another epoch": Bad("GET", STREAM + "?since=deadbeef.1", "cursor_expired"),
     "cursor before the run": Bad("GET", "/runs/{later}/events?since=1", "cursor_mismatch"),
     "cursor after the run": Bad("GET", "/runs/{ended}/events?since=12", "cursor_mismatch"),
+    "no MCP server": Bad("GET", "/mcp/servers/nobody", "not_found", "'nobody'"),
+    "MCP server of a caller": Bad(
+        "POST", "/mcp/servers", "forbidden_server", "OWNWARE_MCP_ADD", {"name": "x"}
+    ),
+    "MCP server to change": Bad(
+        "PUT", "/mcp/servers/x", "forbidden_server", "OWNWARE_MCP_ADD", {"command": "x"}
+    ),
+    "no MCP server to call": Bad(
+        "POST", "/mcp/proxy/nobody/tools/x", "not_found", "there are: none", {}
+    ),
+    "nothing in the catalogue": Bad(
+        "POST", "/mcp/servers/catalog/x/enable", "not_found", "there are: none"
+    ),
     "method that a path does not take": Bad("GET", "/run", "method_not_allowed", "Allow"),
     "deleting a run": Bad("DELETE", "/runs/{ended}", "method_not_allowed"),
     "changing a thread": Bad("PUT", "/threads", "method_not_allowed", body={}),
@@ -658,6 +671,8 @@ async def test_a_full_gateway_takes_no_more_runs(gateways: Gateways, site: Site)
 async def test_every_code_is_met_here() -> None:
     met = {bad.code for bad in ALL.values()}
     alone = {"internal", "unauthorized", "rate_limited", "shutting_down", "overloaded"}
-    # What these are about has tests of its own: test_threads.py, reliability/test_idempotency.py.
+    # What these are about has tests of its own: test_threads.py, reliability/test_idempotency.py,
+    # mcp/test_servers.py.
     alone |= {"thread_deleted", "idempotency_conflict", "idempotency_key_invalid"}
+    alone |= {"server_exists"}
     assert met | alone == set(CODES)

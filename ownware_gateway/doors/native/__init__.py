@@ -41,9 +41,11 @@ from ownware_gateway.doors.native.bodies import (
     read_bytes,
 )
 from ownware_gateway.doors.native.files import export_header, parse_export
+from ownware_gateway.doors.native.servers import ServerHandlers
 from ownware_gateway.engine import Engine, StartRun, deleted
 from ownware_gateway.errors import GatewayError
 from ownware_gateway.log import INBOX, Head, Log, Refused, Run, RunQuery, Stream, ThreadQuery
+from ownware_gateway.mcp import Servers
 from ownware_gateway.models import Catalogue
 from ownware_gateway.profile import Profiles
 from ownware_gateway.stream import Plan, Streamer, check_cursor, parse_cursor
@@ -73,12 +75,14 @@ class NativeParts:
     streamer: Streamer
     catalogue: Catalogue
     profiles: Profiles
+    servers: Servers
     uptime_s: Callable[[], float]
     new_id: Callable[[str], str]
     require_request_id: bool
+    servers_may_be_added: bool
 
 
-class Native:
+class Native(ServerHandlers):
     """The handlers of the native door."""
 
     def __init__(self, parts: NativeParts) -> None:
@@ -87,6 +91,8 @@ class Native:
         self._streamer = parts.streamer
         self._catalogue = parts.catalogue
         self._profiles = parts.profiles
+        self._servers = parts.servers
+        self._servers_may_be_added = parts.servers_may_be_added
         self._parts = parts
 
     def routes(self) -> list[web.RouteDef]:
@@ -120,6 +126,7 @@ class Native:
             web.get(f"{base}/models", self.models),
             web.get(f"{base}/profiles", self.list_profiles),
             web.get(f"{base}/profiles/{{profile_id}}", self.profile),
+            *self.server_routes(f"{base}/mcp"),
             web.get(f"{base}/health", self.health),
             web.get(f"{base}/ready", self.ready),
         ]

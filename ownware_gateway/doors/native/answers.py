@@ -131,4 +131,6 @@ def model_shape(model: ModelInfo) -> dict[str, Any]:
 
 def profile_shape(profile: Profile) -> dict[str, Any]:
     """Return a profile as its files say, under the id that a run names."""
-    return {"id": profile.name, **profile.model_dump(mode="json")}
+    shape = {"id": profile.name, **profile.model_dump(mode="json")}
+    shape["tools"]["mcp"] = {name: server.shown() for name, server in profile.tools.mcp.items()}
+    return shape

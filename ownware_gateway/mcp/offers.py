@@ -1,0 +1,89 @@
+"""What servers offer, as agents can be given it: names that providers take, bearable sizes.
+
+Pure, and without the SDK: a tool comes in as the JSON of `tools/list`.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Final
+
+from ownware_gateway.mcp import OfferedTool
+from ownware_gateway.profile import SEPARATOR
+
+#: What OpenAI and Anthropic take as the name of a tool, and how long it may be.
+NAME_CHARS_MAX: Final = 64
+_NOT_IN_NAMES: Final = re.compile(r"[^A-Za-z0-9_-]")
+
+#: Tools of one server; more are left out, and the status says so.
+TOOLS_MAX: Final = 128
+SCHEMA_BYTES_MAX: Final = 32_768
+DESCRIPTION_CHARS_MAX: Final = 4_096
+
+#: Most sentences about tools that were left out.
+LEFT_OUT_MAX: Final = 20
+
+_DIGEST_CHARS: Final = 8
+
+
+def offers(server: str, listed: Sequence[Mapping[str, Any]]) -> tuple[list[OfferedTool], list[str]]:
+    """Return a server's tools as agents can be given them, and what was left out, in sentences."""
+    taken: dict[str, OfferedTool] = {}
+    left_out: list[str] = []
+    for item in listed:
+        wire_name = str(item.get("name", ""))
+        if (problem := _problem(item, len(taken))) is not None:
+            left_out.append(f"The tool {wire_name[:NAME_CHARS_MAX]!r} is left out: {problem}.")
+            continue
+        tool = _offer(server, item)
+        if tool.name in taken:
+            # Two names that differ only in what providers don't take.
+            tool = replace(tool, name=_name(server, wire_name, distinct=True))
+        taken.setdefault(tool.name, tool)
+    more = len(left_out) - LEFT_OUT_MAX
+    if more > 0:
+        left_out = [*left_out[:LEFT_OUT_MAX], f"And {more} more."]
+    return list(taken.values()), left_out
+
+
+def _problem(item: Mapping[str, Any], count: int) -> str | None:
+    if count >= TOOLS_MAX:
+        return f"only the first {TOOLS_MAX} are taken"
+    schema = item.get("inputSchema")
+    if not isinstance(schema, dict) or schema.get("type", "object") != "object":
+        return "its input is no object"
+    try:
+        size = len(json.dumps(schema, allow_nan=False))
+    except (ValueError, RecursionError):
+        return "its schema is no JSON, or nested too deep"
+    if size > SCHEMA_BYTES_MAX:
+        return f"its schema has {size} bytes, {SCHEMA_BYTES_MAX} are allowed"
+    return None
+
+
+def _offer(server: str, item: Mapping[str, Any]) -> OfferedTool:
+    wire_name = str(item["name"])
+    hints = item.get("annotations") or {}
+    schema = {key: value for key, value in item["inputSchema"].items() if key != "$schema"}
+    description = str(item.get("description") or item.get("title") or wire_name)
+    return OfferedTool(
+        name=_name(server, wire_name),
+        wire_name=wire_name,
+        description=description[:DESCRIPTION_CHARS_MAX],
+        # Providers want both, where MCP leaves it free.
+        input_schema={"type": "object", "properties": {}} | schema,
+        reads_only=hints.get("readOnlyHint"),
+        destructive=hints.get("destructiveHint"),
+        idempotent=hints.get("idempotentHint"),
+    )
+
+
+def _name(server: str, wire_name: str, *, distinct: bool = False) -> str:
+    """Return `server__tool`; where it had to be changed beyond recognition, with a digest."""
+    name = f"{server}{SEPARATOR}{_NOT_IN_NAMES.sub('_', wire_name)}"
+    if len(name) <= NAME_CHARS_MAX and not distinct:
+        return name
+    digest = hashlib.sha256(wire_name.encode("utf-8", "surrogatepass")).hexdigest()[:_DIGEST_CHARS]
+    return f"{name[: NAME_CHARS_MAX - _DIGEST_CHARS - 1]}_{digest}"

@@ -1,0 +1,136 @@
+"""Child processes to their end: all that one has started is found and killed.
+
+A child that is started in a session of its own, with a mark in its environment, is found with
+everything that it started, also what left the session (where there is a /proc).
+
+Run as a script this is the watchdog: it kills the sessions that it was told of when its standard
+input ends, which happens however the gateway dies. It uses nothing but the standard library.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Final
+
+#: How often to look for processes that are left, and how long to wait before the next look.
+SWEEPS_MAX: Final = 10
+SWEEP_PAUSE_S: Final = 0.002
+
+#: How long the watchdog gives servers, whose input has ended with the gateway, to leave.
+ORPHANS_GRACE_S: Final = 1.0
+
+_PROC: Final = Path("/proc")
+
+
+def sweep(session: int, mark: bytes) -> int:
+    """Kill the processes of a session or with a mark until none is left; return how many.
+
+    `mark` is `NAME=value` as it stands in the environment. Where there is no /proc only the process
+    group that is named like the session is killed, and 0 is returned. Blocks for some milliseconds.
+    """
+    if not (_PROC / "self" / "stat").exists():
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(session, signal.SIGKILL)
+        return 0
+    seen: set[int] = set()
+    for _ in range(SWEEPS_MAX):
+        alive = [int(name) for name in os.listdir(_PROC) if _belongs(name, session, mark)]
+        for pid in alive:
+            with suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGKILL)
+        if not alive:
+            break
+        seen.update(alive)
+        time.sleep(SWEEP_PAUSE_S)
+    return len(seen)
+
+
+def _belongs(name: str, session: int, mark: bytes) -> bool:
+    """Whether this entry of /proc is a live process of the session or with the mark, see proc(5).
+
+    The name of the program, which may hold anything, stands in parentheses before the fields.
+    """
+    if not name.isdigit():
+        return False
+    try:
+        state, _, _, its_session = (
+            (_PROC / name / "stat").read_bytes().rpartition(b")")[2].split()[:4]
+        )
+        if state in (b"Z", b"X"):
+            return False
+        if int(its_session) == session:
+            return True
+        return mark in (_PROC / name / "environ").read_bytes().split(b"\0")
+    except OSError:  # It is gone, or another user's.
+        return False
+
+
+class Watchdog:
+    """A process that kills sessions when this one is gone; it starts with the first of them.
+
+    Not PR_SET_PDEATHSIG: that reaches the child alone and not what it started, and exists on Linux
+    only.
+    """
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def watch(self, session: int, mark: str) -> None:
+        """Have a session killed when this process dies."""
+        if self._process is None or self._process.poll() is not None:
+            self._process = subprocess.Popen(  # noqa: S603 - this file
+                [sys.executable, "-I", "-S", __file__],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                env={},
+                cwd="/",
+                start_new_session=True,
+            )
+        self._tell(f"+ {session} {mark}\n")
+
+    def forget(self, session: int) -> None:
+        """Leave a session alone: it has ended, and its number may become another's."""
+        self._tell(f"- {session} \n")
+
+    def close(self) -> None:
+        """End the watchdog; what it still watches is killed."""
+        if self._process is not None:
+            assert self._process.stdin is not None
+            with suppress(BrokenPipeError):
+                self._process.stdin.close()
+            self._process.wait()
+            self._process = None
+
+    def _tell(self, line: str) -> None:
+        if self._process is not None:
+            assert self._process.stdin is not None
+            # Somebody has killed it: the next session starts another one.
+            with suppress(BrokenPipeError):
+                self._process.stdin.write(line.encode())
+                self._process.stdin.flush()
+
+
+def _stand_by() -> None:
+    """Take sessions from standard input; kill what is left of them when it ends."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    watched: dict[int, bytes] = {}
+    for line in sys.stdin:
+        sign, session, mark = line.rstrip("\n").split(" ", 2)
+        if sign == "+":
+            watched[int(session)] = mark.encode()
+        else:
+            watched.pop(int(session), None)
+    if watched:
+        time.sleep(ORPHANS_GRACE_S)
+    for session_id, its_mark in watched.items():
+        sweep(session_id, its_mark)
+
+
+if __name__ == "__main__":
+    _stand_by()
