@@ -6,8 +6,9 @@ import os.path
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from ownware_gateway.events import (
     Event,
@@ -16,7 +17,6 @@ from ownware_gateway.events import (
     ToolCallExecute,
     ToolCallProgress,
 )
-from ownware_gateway.floors import Ground, floor
 from ownware_gateway.log import Commit, Log, Run
 from ownware_gateway.masking import MASK, Masker
 from ownware_gateway.mcp import Servers
@@ -28,10 +28,13 @@ from ownware_gateway.permissions import (
     operation_hash,
     stricter,
 )
-from ownware_gateway.policies import Operation
 from ownware_gateway.profile import SEPARATOR, Profile
 from ownware_gateway.tools import Context, Output, Tool, ToolFailed, clip, parse_arguments
 from ownware_gateway.transcript import Call, RunFacts, Turn, grants
+
+if TYPE_CHECKING:
+    from ownware_gateway.floors import Ground
+    from ownware_gateway.policies import Operation
 
 #: Calls of one turn that run at the same time.
 PARALLEL_CALLS_MAX: Final = 16
@@ -103,7 +106,6 @@ class Calls:
         self._facts = assignment.history[-1]
         self._store = store
         self._loop = asyncio.get_running_loop()
-        self._ground = _ground(parts)
 
     async def connect(self) -> None:
         """Have the servers up whose tools the agent uses; those that cannot be are `missing`."""
@@ -122,6 +124,10 @@ class Calls:
     def missing(self) -> Mapping[str, str]:
         """The servers that cannot be used now, with a sentence each."""
         return self._parts.servers.missing(self._profile_now)
+
+    @cached_property
+    def _ground(self) -> "Ground":
+        return _ground(self._parts)
 
     @property
     def _turn(self) -> Turn:
@@ -151,13 +157,15 @@ class Calls:
             return Verdict("run", "a person allowed it") if granted else INTERRUPTED
         return verdict
 
-    def _verdict(self, operation: Operation) -> Verdict:
+    def _verdict(self, operation: "Operation") -> Verdict:
         """Return the strictest word of the floors and of the profile, as it was and as it is."""
         granted = grants(self._history)
         verdict = stricter(
             judge(self._profile, operation, granted),
             judge(self._profile_now, operation, granted),
         )
+        from ownware_gateway.floors import floor
+
         held = floor(operation, self._ground, self._parts.masker)
         return verdict if held is None else stricter(held, verdict)
 
@@ -168,8 +176,10 @@ class Calls:
         names = ", ".join(sorted(tools)) or "none"
         return f"There is no tool named {name!r}. There are: {names}."
 
-    def _operation(self, tool: Tool, arguments: dict[str, Any]) -> Operation:
+    def _operation(self, tool: Tool, arguments: dict[str, Any]) -> "Operation":
         """Return a call as rules see it, bound to this very tool and its arguments."""
+        from ownware_gateway.policies import Operation
+
         hashed = operation_hash(self._parts.log.secret, tool.identity, arguments)
         return Operation(tool, arguments, hashed, self._ground.roots)
 
@@ -279,8 +289,10 @@ class Calls:
             return _failed(f"{tool.name} failed inside the gateway; its log says why.")
 
 
-def _ground(parts: Parts) -> Ground:
+def _ground(parts: Parts) -> "Ground":
     """Return the folders that floors are about, by the names that a call may have for them."""
+    from ownware_gateway.floors import Ground
+
     workspace = os.path.normpath(parts.workspace)
     home = parts.environment.get("HOME") or os.path.expanduser("~")
     roots = tuple(dict.fromkeys((workspace, os.path.realpath(workspace))))

@@ -5,11 +5,13 @@ import hmac
 import json
 from collections.abc import Set
 from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
-from ownware_gateway.policies import Operation, Rule, fits, rules
 from ownware_gateway.profile import SEPARATOR, Profile
 from ownware_gateway.tools import Tool
+
+if TYPE_CHECKING:
+    from ownware_gateway.policies import Operation, Rule
 
 #: What each preset of a profile contains, by tool name; `full` is every tool there is.
 READONLY: Final = frozenset({"read_file", "list_files", "glob", "grep", "web_search", "todo_write"})
@@ -48,7 +50,7 @@ def allowed_tools(profile: Profile, tools: dict[str, Tool]) -> dict[str, Tool]:
     }
 
 
-def judge(profile: Profile, operation: Operation, grants: Set[str]) -> Verdict:
+def judge(profile: Profile, operation: "Operation", grants: Set[str]) -> Verdict:
     """Return whether a call runs, needs a person's yes, or is refused.
 
     The first rule that fits decides, and where none does, the mode. A rule before it that asks or
@@ -56,6 +58,8 @@ def judge(profile: Profile, operation: Operation, grants: Set[str]) -> Verdict:
     allowed for the rest of the thread, as `grant` names it, or the very operation where the tool
     says that only that counts; it answers questions and beats no refusal.
     """
+    from ownware_gateway.policies import fits, rules
+
     doubt: Verdict | None = None
     verdict: Verdict | None = None
     for rule in rules(profile):
@@ -71,7 +75,7 @@ def judge(profile: Profile, operation: Operation, grants: Set[str]) -> Verdict:
     return verdict if doubt is None else stricter(verdict, doubt)
 
 
-def _by_rule(rule: Rule, operation: Operation, grants: Set[str]) -> Verdict:
+def _by_rule(rule: "Rule", operation: "Operation", grants: Set[str]) -> Verdict:
     match rule.decision:
         case "allow":
             return Verdict("run", "a rule of the profile allows it", rule.name)
@@ -83,7 +87,7 @@ def _by_rule(rule: Rule, operation: Operation, grants: Set[str]) -> Verdict:
             return Verdict("deny", reason, rule.name)
 
 
-def _by_mode(profile: Profile, operation: Operation, grants: Set[str]) -> Verdict:
+def _by_mode(profile: Profile, operation: "Operation", grants: Set[str]) -> Verdict:
     tool, mode = operation.tool, profile.security.permission_mode
     if mode == "auto":
         return Verdict("run", "the profile runs every tool without asking")
@@ -101,7 +105,7 @@ def _by_mode(profile: Profile, operation: Operation, grants: Set[str]) -> Verdic
     return _ask(operation, grants, verdict)
 
 
-def _ask(operation: Operation, grants: Set[str], verdict: Verdict) -> Verdict:
+def _ask(operation: "Operation", grants: Set[str], verdict: Verdict) -> Verdict:
     """Return the question, or that it has been answered for the rest of the thread."""
     tool = operation.tool
     wanted = operation.hash if tool.subject or tool.exact else grant(tool.name, verdict.rule)

@@ -29,7 +29,6 @@ from pydantic_core import PydanticCustomError, PydanticSerializationError
 
 from ownware_gateway.errors import GatewayError
 from ownware_gateway.masking import MASK
-from ownware_gateway.shell_syntax import parse
 
 AGENT_FILES: Final = ("agent.json", "agent.yaml", "agent.yml")
 FILE_BYTES_MAX: Final = 1_048_576
@@ -198,6 +197,8 @@ def _one_or_more(value: object) -> object:
 
 def check_prefix(text: str) -> str:
     """Return a command's beginning. Raises ValueError when no command could begin so."""
+    from ownware_gateway.shell_syntax import parse
+
     script = parse(text)
     own = [command for command in script.commands if not command.given]
     if not (script.plain and len(own) == 1 and own[0].plain and text.isprintable()) or (

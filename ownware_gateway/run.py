@@ -6,7 +6,7 @@ goes on after a restart ask the same question of the same facts.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final, Literal, NamedTuple
 
 from ownware_gateway.events import (
     DecidedBy,
@@ -35,8 +35,7 @@ RETRY_S_MAX: Final = 30.0
 RETRY_AFTER_S_MAX: Final = 300.0
 
 
-@dataclass(frozen=True, slots=True)
-class Ask:
+class Ask(NamedTuple):
     """Ask the model: in a new turn, or again in the one that has shown nothing yet.
 
     `supersedes` is the turn whose shown text is not part of the answer any more.
@@ -47,15 +46,13 @@ class Ask:
     supersedes: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class RunTools:
+class RunTools(NamedTuple):
     """Run these calls, together."""
 
     calls: tuple[Call, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Refuse:
+class Refuse(NamedTuple):
     """End a call without running it; the reason is its result, `rule` what refuses, if one does."""
 
     call: Call
@@ -63,8 +60,7 @@ class Refuse:
     rule: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Question:
+class Question(NamedTuple):
     """Ask a person whether the call may run; `rule` is what asks, if one does."""
 
     call: Call
@@ -72,23 +68,20 @@ class Question:
     rule: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Wait:
+class Wait(NamedTuple):
     """Nothing can happen before a person answers."""
 
     request_id: str
 
 
-@dataclass(frozen=True, slots=True)
-class EndTurn:
+class EndTurn(NamedTuple):
     """The turn is over and the model is asked again."""
 
     turn: Turn
     reason: StopReason
 
 
-@dataclass(frozen=True, slots=True)
-class Finish:
+class Finish(NamedTuple):
     """The run ends. `message` says what failed, where something did."""
 
     status: EndStatus
@@ -108,8 +101,7 @@ CANCELLED: Final = Finish("cancelled", "aborted", "cancelled")
 Step = Ask | RunTools | Refuse | Question | Wait | EndTurn | Finish | Done
 
 
-@dataclass(frozen=True, slots=True)
-class Limits:
+class Limits(NamedTuple):
     """What the run may take. Active time is watched by whoever performs the steps."""
 
     turns_max: int

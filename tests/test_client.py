@@ -139,7 +139,7 @@ async def test_cut_anywhere_no_event_is_lost_and_none_comes_twice(
         budget = budgets.setdefault(proxy.cuts, chance.randint(600, 2_000))
         return budget if len(brought) >= budget else None
 
-    run = await client.start("assistant", "slowly count to 40", model=DEMO)
+    run = await client.start("assistant", "slowly count to 80", model=DEMO)
     async with Proxy(up.url, cut) as proxy, Client(proxy.url) as far:
         events = await all_events(far, run)
     assert proxy.cuts > 5

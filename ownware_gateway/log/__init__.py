@@ -33,8 +33,7 @@ INBOX: Final = "~approvals"
 CHUNK_BYTES_MAX: Final = 65_536
 
 
-@dataclass(frozen=True, slots=True)
-class Stream:
+class Stream(NamedTuple):
     """Names one stream of events."""
 
     thread_id: str
@@ -56,8 +55,7 @@ class Record(NamedTuple):
         return decode(self.payload)
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
+class Chunk(NamedTuple):
     """Some frames in a row, joined, ready for a socket.
 
     A chunk never goes on past the end of a run: `ends_run` says that its last event is one, or a
@@ -69,8 +67,7 @@ class Chunk:
     ends_run: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Head:
+class Head(NamedTuple):
     """What is known of a stream: its name in cursors, where it can be read from, its last number.
 
     `earliest` is the number of the first event that is kept, or that the first gap stands for.
@@ -81,8 +78,7 @@ class Head:
     last: int
 
 
-@dataclass(frozen=True, slots=True)
-class Run:
+class Run(NamedTuple):
     """A run as it is now; times are milliseconds since 1970."""
 
     id: str
@@ -116,8 +112,7 @@ class Run:
         return Stream(self.thread_id, self.agent_id)
 
 
-@dataclass(frozen=True, slots=True)
-class Thread:
+class Thread(NamedTuple):
     """A conversation, and the run under way in it, if any."""
 
     id: str
@@ -131,8 +126,7 @@ class Thread:
     active_run_id: str | None
 
 
-@dataclass(frozen=True, slots=True)
-class Permission:
+class Permission(NamedTuple):
     """A question to a person, and its answer: `granted` is None until there is one."""
 
     request_id: str
@@ -149,8 +143,7 @@ class Permission:
     decided_at: int | None
 
 
-@dataclass(frozen=True, slots=True)
-class NewRun:
+class NewRun(NamedTuple):
     """What the row of a run starts with; the thread is made if it does not exist."""
 
     id: str
@@ -160,8 +153,7 @@ class NewRun:
     title: str
 
 
-@dataclass(frozen=True, slots=True)
-class IdempotencyKey:
+class IdempotencyKey(NamedTuple):
     """Names a request to start a run, so that sending it again starts no other.
 
     `caller` is who sent it, `fingerprint` tells its body from another one.
@@ -173,8 +165,7 @@ class IdempotencyKey:
     fingerprint: str
 
 
-@dataclass(frozen=True, slots=True)
-class KeptStart:
+class KeptStart(NamedTuple):
     """A start that was sent before; `run` is None when its thread has been deleted since."""
 
     fingerprint: str
@@ -183,8 +174,7 @@ class KeptStart:
     fallback: Fallback | None
 
 
-@dataclass(frozen=True, slots=True)
-class Starts:
+class Starts(NamedTuple):
     """Guard: the stream has no unfinished run, the thread was never deleted, the key is new.
 
     The append makes the run's row, and the thread's unless it `goes_on`: then it must exist.
@@ -196,16 +186,14 @@ class Starts:
     goes_on: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Drives:
+class Drives(NamedTuple):
     """Guard: the run has not ended and its generation is still this one. The engine's own."""
 
     run_id: str
     generation: int
 
 
-@dataclass(frozen=True, slots=True)
-class Decides:
+class Decides(NamedTuple):
     """Guard: the request is undecided, has not expired, and its run is not being cancelled.
 
     `late` is the gateway's own: the request has expired.
@@ -215,8 +203,7 @@ class Decides:
     late: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Cancels:
+class Cancels(NamedTuple):
     """Guard: the run has not ended and nobody has asked to cancel it."""
 
     run_id: str
@@ -249,8 +236,7 @@ class Append:
     at_once: bool = field(default=False, kw_only=True)
 
 
-@dataclass(frozen=True, slots=True)
-class Tombstone:
+class Tombstone(NamedTuple):
     """What is left of a deleted thread."""
 
     thread_id: str
@@ -424,8 +410,7 @@ class Log(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class RunQuery:
+class RunQuery(NamedTuple):
     """Which runs: of a status (`active` is all that have not ended), of a thread, before a one."""
 
     status: str | None = None
@@ -434,8 +419,7 @@ class RunQuery:
     limit: int = 50
 
 
-@dataclass(frozen=True, slots=True)
-class ThreadQuery:
+class ThreadQuery(NamedTuple):
     """Which threads: of a profile, changed before a position."""
 
     profile_id: str | None = None
@@ -443,8 +427,7 @@ class ThreadQuery:
     limit: int = 50
 
 
-@dataclass(frozen=True, slots=True)
-class Retention:
+class Retention(NamedTuple):
     """What need not be kept. A gap says what was removed; runs under way are never touched.
 
     `deltas_ms` and `events_ms` are ages, since the end of the run, after which its deltas, and all

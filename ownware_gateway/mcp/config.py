@@ -28,7 +28,7 @@ _log: Final = logging.getLogger(__name__)
 
 
 class _File(BaseModel):
-    model_config = ConfigDict(extra="ignore")
+    model_config = ConfigDict(extra="ignore", defer_build=True)
 
     servers: Annotated[
         dict[ServerName, McpServer], Field(alias="mcpServers", default_factory=dict, max_length=64)

@@ -8,7 +8,7 @@ adapter raises `ModelError` for it.
 
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from ownware_gateway.events import StopReason, Usage
 
@@ -76,8 +76,7 @@ class ToolTurn:
 Message = UserTurn | AssistantTurn | ToolTurn
 
 
-@dataclass(frozen=True, slots=True)
-class ToolSpec:
+class ToolSpec(NamedTuple):
     """A tool as the model sees it; `input_schema` is JSON Schema of an object."""
 
     name: str
@@ -103,22 +102,19 @@ class Request:
     thinking: Literal["off", "low", "medium", "high"] | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Text:
+class Text(NamedTuple):
     """A piece of the answer."""
 
     text: str
 
 
-@dataclass(frozen=True, slots=True)
-class Thinking:
+class Thinking(NamedTuple):
     """A piece of the reasoning."""
 
     text: str
 
 
-@dataclass(frozen=True, slots=True)
-class CallStart:
+class CallStart(NamedTuple):
     """The model has begun to ask for a tool; its arguments come with the `Answer`."""
 
     id: str

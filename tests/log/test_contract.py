@@ -349,7 +349,7 @@ async def test_what_was_acknowledged_is_there_after_the_log_is_opened_again(
     log = await backend.open()
     again = await log.head(STREAM)
     assert head is not None
-    assert again == replace(head, last=4)
+    assert again == head._replace(last=4)
     assert log.secret == secret
     assert await log.append(drives("run_1", delta())).wait() == 5
     await log.close()
@@ -439,8 +439,8 @@ async def test_a_question_is_a_row_until_it_is_answered(log: Log) -> None:
     assert [item.request_id for item in await log.pending()] == ["req_1", "req_2"]
     assert [item.request_id for item in await log.pending(run_id="run_2")] == ["req_2"]
     await log.append(decides("req_1")).wait()
-    assert await log.permission("req_1") == replace(
-        asked, granted=True, decided_by="user", decided_at=1_000_000
+    assert await log.permission("req_1") == asked._replace(
+        granted=True, decided_by="user", decided_at=1_000_000
     )
     assert [item.request_id for item in await log.pending()] == ["req_2"]
     assert await log.permission("unknown") is None
@@ -568,7 +568,7 @@ async def test_runs_and_threads_are_listed_page_by_page(backend: Backend, log: L
         while page := await log.runs(query):
             assert len(page) <= query.limit
             ids += [run.id for _, run in page]
-            query = replace(query, before=page[-1][0])
+            query = query._replace(before=page[-1][0])
         return ids
 
     assert await run_ids(RunQuery(limit=3)) == [f"run_{n}" for n in range(7, -1, -1)]
@@ -581,7 +581,7 @@ async def test_runs_and_threads_are_listed_page_by_page(backend: Backend, log: L
     query = ThreadQuery(profile_id="p", limit=1)
     while page := await log.threads(query):
         thread_ids += [thread.id for _, thread in page]
-        query = replace(query, before=page[-1][0])
+        query = query._replace(before=page[-1][0])
     assert sorted(thread_ids) == ["thread_0", "thread_1", "thread_2"]
     everything = [thread for _, thread in await log.threads(ThreadQuery())]
     assert len(everything) == 4

@@ -11,6 +11,7 @@ import pytest
 
 from ownware_gateway.errors import BootError
 from tests.gateway import Gateways, get_json, post_json, start_run, until_status
+from tests.log import until
 from tests.mcp import gone, local, pids
 from tests.mcp.test_runs import AUTO, MakeProfile, calls, offered
 from tests.provider import Call, Provider
@@ -172,7 +173,16 @@ async def test_the_lists_tell_running_servers_from_those_that_could_run(
     assert await ids("/catalog") == ["off"]
     await until_status(http, up.url, await start_run(http, up.url, "go"), "succeeded")
     assert await ids("/available") == ["on", "off", "assistant:own"]
-    on, own = await get_json(http, up.url, "/mcp/servers")
+
+    shown: list[dict[str, Any]] = []
+
+    async def has_died() -> bool:
+        # It is started again and again, each time with nothing said so far.
+        shown[:] = await get_json(http, up.url, "/mcp/servers")
+        return len(shown[1]["stderr"]) == 2 and shown[1]["state"] != "starting"
+
+    await until(has_died)
+    on, own = shown
     assert (on["isRunning"], on["isConfig"], on["state"]) == (True, True, "ready")
     assert on["stderr"] == ["the server is here"]
     echo = on["tools"][0]

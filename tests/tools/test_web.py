@@ -13,7 +13,7 @@ import aiohttp
 import pytest
 
 from ownware_gateway.errors import BootError
-from ownware_gateway.outbound import Limits
+from ownware_gateway.outbound import URL_CHARS_MAX, Limits
 from ownware_gateway.settings import Settings
 from ownware_gateway.tools import (
     OUTPUT_LIMIT_BYTES,
@@ -22,10 +22,12 @@ from ownware_gateway.tools import (
     Tool,
     ToolFailed,
     parse_arguments,
+    web,
 )
 from ownware_gateway.tools.readable import extract, readable
+from ownware_gateway.tools.sites import DIALECTS, PAGE_CHARS
 from ownware_gateway.tools.todo import TASKS_MAX, TOOLS as TODO
-from ownware_gateway.tools.web import DIALECTS, PAGE_CHARS, RESULTS_MAX, tools
+from ownware_gateway.tools.web import RESULTS_MAX, tools
 from tests.gateway import Gateways, post_json, run_events, start_run, until_status
 from tests.provider import Call, Provider, Reply
 from tests.sites import Names, Site, answer, moved
@@ -538,3 +540,7 @@ async def test_a_search_that_nobody_set_up_is_offered_to_no_agent(
     await run_events(http, up.url, run["runId"])
     (asked,) = provider.requests
     assert [item["function"]["name"] for item in asked.body["tools"]] == ["web_fetch"]
+
+
+def test_an_address_may_be_as_long_for_the_model_as_for_the_guard() -> None:
+    assert web.URL_CHARS_MAX == URL_CHARS_MAX

@@ -113,13 +113,13 @@ def run_shape(run: Run, pending: list[Permission]) -> dict[str, Any]:
 
 def permission_shape(asked: Permission) -> dict[str, Any]:
     """Return a question to a person."""
-    return {to_camel(name): value for name, value in asdict(asked).items()}
+    return {to_camel(name): value for name, value in asked._asdict().items()}
 
 
 def thread_shape(thread: Thread) -> dict[str, Any]:
     """Return a thread."""
     return {
-        **{to_camel(name): value for name, value in asdict(thread).items()},
+        **{to_camel(name): value for name, value in thread._asdict().items()},
         "status": "active" if thread.active_run_id is not None else "idle",
     }
 
