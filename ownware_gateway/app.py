@@ -172,10 +172,8 @@ async def gateway(settings: Settings) -> AsyncIterator[Gateway]:
             log.wake()
             await requests.answered(HANDLERS_GRACE_S)
 
-        requests = _Requests()
-        app = web.Application(
-            client_max_size=native.BODY_BYTES_MAX, middlewares=[requests.count, native.errors]
-        )
+        requests = Requests()
+        app = web.Application(client_max_size=native.BODY_BYTES_MAX, middlewares=[requests.answer])
         auth.protect(app, access, lambda: clock_ms() / 1000)
         app.add_routes(door.routes())
         app.on_response_prepare.append(_name_server)
@@ -242,7 +240,7 @@ async def _name_server(_request: web.Request, response: web.StreamResponse) -> N
     response.headers["Server"] = "ownware"
 
 
-class _Requests:
+class Requests:
     """The requests that have no answer yet."""
 
     def __init__(self) -> None:
@@ -251,12 +249,14 @@ class _Requests:
         self._none.set()
 
     @web.middleware
-    async def count(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        """Count a request for as long as it takes."""
+    async def answer(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Count a request for as long as it takes, and answer it whatever goes wrong."""
         self._left += 1
         self._none.clear()
         try:
             return await handler(request)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the client must hear of it
+            return native.answer_to(request, error)
         finally:
             self._left -= 1
             if not self._left:

@@ -15,7 +15,7 @@ from ownware_gateway.approvals import Decision
 from ownware_gateway.auth import CALLER, LIMITED
 from ownware_gateway.doors.native.answers import (
     answer,
-    errors,
+    answer_to,
     model_shape,
     permission_shape,
     profile_shape,
@@ -51,7 +51,7 @@ from ownware_gateway.profile import Profiles
 from ownware_gateway.stream import Plan, Streamer, check_cursor, parse_cursor
 from ownware_gateway.transcript import load, messages
 
-__all__ = ["BODY_BYTES_MAX", "Native", "NativeParts", "errors"]
+__all__ = ["BODY_BYTES_MAX", "Native", "NativeParts", "answer_to"]
 
 _STATUSES: Final = (
     "active",

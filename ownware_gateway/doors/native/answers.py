@@ -8,7 +8,6 @@ from dataclasses import asdict
 from typing import Any, Final
 
 from aiohttp import web
-from aiohttp.typedefs import Handler
 from pydantic.alias_generators import to_camel
 
 from ownware_gateway.errors import GatewayError
@@ -65,26 +64,26 @@ def error_answer(error: GatewayError, headers: dict[str, str] | None = None) -> 
     return answer(body, error.status, **extra)
 
 
-@web.middleware
-async def errors(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Turn whatever went wrong in a request into the envelope. The outermost middleware."""
-    try:
-        return await handler(request)
-    except GatewayError as error:
-        return error_answer(error)
-    except web.HTTPException as error:
-        if error.status < 400:
-            raise
-        code, message = _HTTP_CODES.get(error.status, ("invalid_request", "The request is wrong."))
-        allow = {"Allow": error.headers["Allow"]} if "Allow" in error.headers else None
-        return error_answer(GatewayError(code, message), allow)
-    except ConnectionError:
-        raise  # The client has gone; there is nobody to answer.
-    except Exception:  # noqa: BLE001 - nothing internal may leave; the log has it all
-        _log.exception("%s %s failed", request.method, request.path)
-        return error_answer(
-            GatewayError("internal", "Something went wrong inside the gateway; its log says what.")
-        )
+def answer_to(request: web.Request, error: Exception) -> web.StreamResponse:
+    """Return the envelope for whatever went wrong in a request; call it where it was caught.
+
+    Raises what is no error, or has nobody to be told to.
+    """
+    match error:
+        case GatewayError():
+            return error_answer(error)
+        case web.HTTPException() if error.status >= 400:
+            wrong = ("invalid_request", "The request is wrong.")
+            code, message = _HTTP_CODES.get(error.status, wrong)
+            allow = {"Allow": error.headers["Allow"]} if "Allow" in error.headers else None
+            return error_answer(GatewayError(code, message), allow)
+        case web.HTTPException() | ConnectionError():
+            raise error
+        case _:
+            # Nothing internal may leave; the log has it all.
+            _log.exception("%s %s failed", request.method, request.path)
+            message = "Something went wrong inside the gateway; its log says what."
+            return error_answer(GatewayError("internal", message))
 
 
 def run_shape(run: Run, pending: list[Permission]) -> dict[str, Any]:
