@@ -1,10 +1,13 @@
 """The tool calls of one run: whether they may run, the question to a person, and running them."""
 
 import asyncio
+import importlib
 import logging
 import os.path
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -49,6 +52,9 @@ INTERRUPTED: Final = Verdict(
     "part, and is not run again by itself.",
 )
 
+#: The module that brings all others that judge.
+_RULES: Final = "ownware_gateway.floors"
+
 _KEY_BEGINS: Final = re.compile("-----BEGIN [A-Z ]*PRIVATE KEY")
 
 _log: Final = logging.getLogger(__name__)
@@ -84,6 +90,13 @@ class Assignment:
     dispatch: Dispatch
     history: Sequence[RunFacts]
     restarted: bool = False
+
+
+async def load_rules() -> None:
+    """Load what judges calls, away from the event loop; `Calls.judge` tries again if it cannot."""
+    if _RULES not in sys.modules:
+        with suppress(OSError, ImportError):
+            await asyncio.to_thread(importlib.import_module, _RULES)
 
 
 class Store(Protocol):
@@ -136,6 +149,13 @@ class Calls:
 
     def judge(self, call: Call) -> Verdict:
         """Return whether a call may run, needs a person's yes, or is refused."""
+        try:
+            return self._judged(call)
+        except (OSError, ImportError) as error:
+            # What judges is read at the first use, and there may be no file handle left for that.
+            return Verdict("deny", f"{call.name} cannot be judged now: {error}. Try again.")
+
+    def _judged(self, call: Call) -> Verdict:
         tools = self.tools
         tool = tools.get(call.name)
         if call.executing and (tool is None or not tool.safe_to_repeat):

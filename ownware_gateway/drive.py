@@ -10,7 +10,7 @@ from collections.abc import Coroutine, Sequence
 from contextlib import aclosing, suppress
 from typing import Any, Final
 
-from ownware_gateway.calls import Assignment, Calls, Parts
+from ownware_gateway.calls import Assignment, Calls, Parts, load_rules
 from ownware_gateway.events import (
     Event,
     Fallback,
@@ -98,6 +98,7 @@ class Drive:
         """Take one step after the other. Raises Refused when the run is not ours any more."""
         if self._facts.turn is not None and self._facts.turn.calls:
             await load_schemas()
+            await load_rules()
         if self._facts.cancel is None and self._facts.end is None:
             # Before anything is judged: what a call may do, its server says.
             await self._within_time(self._calls.connect())
@@ -291,6 +292,7 @@ class Drive:
         usage = await self._parts.catalogue.price(self._dispatch.id, answer.usage)
         if answer.turn.tool_calls:
             await load_schemas()
+            await load_rules()
         turn.answer = StoredAnswer(answer.turn, answer.stop_reason, usage)
         events: list[Event] = []
         if answer.turn.thinking:

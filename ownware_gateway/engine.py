@@ -400,9 +400,11 @@ class Engine:
         """
         give_up_s = asyncio.get_running_loop().time() + DELETE_S
         while True:
-            self._recent.forget(thread_id)
             try:
-                return await self._parts.log.delete(thread_id, by)
+                forks = await self._parts.log.delete(thread_id, by)
+                # Afterwards: a run that ended meanwhile may have kept its conversation.
+                self._recent.forget(thread_id)
+                return forks
             except Refused as refused:
                 if not isinstance(refused.winner, Run):
                     raise deleted(thread_id) from None

@@ -112,7 +112,12 @@ class Settings:
     @property
     def data_path(self) -> Path:
         """The data directory, as an absolute path; BootError for a home that nobody has."""
-        path = Path(self.data_dir or platformdirs.user_data_dir("ownware"))
+        try:
+            path = Path(self.data_dir or platformdirs.user_data_dir("ownware"))
+        except RuntimeError:
+            raise BootError(
+                "This user has no home folder for the data directory: set OWNWARE_DATA_DIR."
+            ) from None
         try:
             return path.expanduser().absolute()
         except RuntimeError:

@@ -315,10 +315,8 @@ class Client:
             self._task.cancel()
 
     def missed(self) -> bool:
-        """Whether its task was cancelled for that; then it is not cancelled any more."""
-        if self._missed and self._task is not None:
-            self._task.uncancel()
-        return self._missed
+        """Whether its task was cancelled for that and nothing else; then it is so no more."""
+        return self._missed and self._task is not None and self._task.uncancel() == 0
 
     async def send(self, data: bytes) -> None:
         """Write, waiting for a client that is merely slow.

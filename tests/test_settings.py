@@ -17,6 +17,16 @@ def test_without_flags_and_variables_everything_is_the_default() -> None:
     assert settings.port == 3011
 
 
+def test_a_home_that_nobody_knows_is_said_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(*_: object) -> str:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(platformdirs, "user_data_dir", unknown)
+    with pytest.raises(BootError, match="OWNWARE_DATA_DIR"):
+        _ = Settings().data_path
+    assert Settings(data_dir="/data").data_path == Path("/data")
+
+
 def test_a_flag_beats_a_variable_which_beats_the_default() -> None:
     environ = {"OWNWARE_PORT": "4000", "OWNWARE_HOST": "::1"}
     settings = load(environ, {"port": 5000, "host": None})

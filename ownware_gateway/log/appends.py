@@ -153,7 +153,8 @@ def _start(connection: GroupConnection, stream: Stream, guard: Starts, now: int)
         raise Refused(Tombstone(*row))
     if (active := connection.active_run(stream)) is not None:
         raise Refused(active)
-    if guard.goes_on and connection.one("thread_exists", stream.thread_id) is None:
+    known = stream.thread_id != INBOX and connection.one("thread_exists", stream.thread_id)
+    if guard.goes_on and not known:
         raise Refused(None)
     run = guard.run
     connection.run(

@@ -92,8 +92,13 @@ class Child(asyncio.SubprocessProtocol):
             cwd=folder,
             start_new_session=True,
         )
+        try:
+            watchdog.watch(child.pid, f"{MARK}={child._mark}")
+        except BaseException:
+            # Nobody would look after it.
+            await child.close()
+            raise
         child._watchdog = watchdog
-        watchdog.watch(child.pid, f"{MARK}={child._mark}")
         return child
 
     @property
@@ -148,12 +153,14 @@ class Child(asyncio.SubprocessProtocol):
                 await _within(self._exited, TERM_GRACE_S)
         finally:
             self._signal(signal.SIGKILL)
-            # In a thread, which no second cancellation interrupts.
-            await asyncio.to_thread(sweep, self.pid, f"{MARK}={self._mark}".encode())
-            self._transport.close()
-            await _within(self._closed, KILL_WAIT_S)
-            if self._watchdog is not None:
-                self._watchdog.forget(self.pid)
+            try:
+                # In a thread, which no second cancellation interrupts.
+                await asyncio.to_thread(sweep, self.pid, f"{MARK}={self._mark}".encode())
+            finally:
+                self._transport.close()
+                await _within(self._closed, KILL_WAIT_S)
+                if self._watchdog is not None:
+                    self._watchdog.forget(self.pid)
 
     def _signal(self, number: signal.Signals) -> None:
         # Once it is reaped its number may belong to another: the sweep sees to the rest.

@@ -188,6 +188,7 @@ class Keeper:
         self._given = given
         self._task: asyncio.Task[None] | None = None
         self._stopping = asyncio.Event()
+        self._gone = False
         self._attention = Attention()
         self._connection: Connection | None = None
         self._child: Child | None = None
@@ -255,7 +256,12 @@ class Keeper:
     # -- its life
 
     def use(self) -> None:
-        """Make sure that it is being kept; one that was given up has a rest first."""
+        """Make sure that it is being kept; one that was given up has a rest first.
+
+        One that was stopped stays stopped: a run may hold a tool of it for longer.
+        """
+        if self._gone:
+            return
         loop = asyncio.get_running_loop()
         rested = self.state != "failed" or loop.time() - self._failed_s > REST_S
         if (self._task is None or self._task.done()) and rested:
@@ -271,7 +277,8 @@ class Keeper:
         await self._settled.wait()
 
     async def stop(self) -> None:
-        """End it, and all that it started."""
+        """End it, and all that it started, for good."""
+        self._gone = True
         if self._task is not None and not self._task.done():
             self._stopping.set()
             self._attention.leave()

@@ -14,6 +14,9 @@ from ownware_gateway.tools import Context, Output, Tool, ToolFailed
 #: Servers that callers may have added at a time.
 ADDED_MAX: Final = 64
 
+#: How long the last of them may take to end when the gateway leaves; the watchdog kills the rest.
+CLOSE_S: Final = 10.0
+
 #: The profile that a server belongs to, None for the gateway's own, and its name.
 _Key = tuple[str | None, str]
 
@@ -37,7 +40,9 @@ class Supervisor:
         keepers = {*self._keepers.values(), *self._retiring}
         await asyncio.gather(*(keeper.stop() for keeper in keepers))
         if left := self._ends | self._given.tasks:
-            await asyncio.wait(left)
+            _, late = await asyncio.wait(left, timeout=CLOSE_S)
+            for task in late:
+                task.cancel()
         await asyncio.to_thread(self._given.watchdog.close)
 
     def names(self) -> list[str]:

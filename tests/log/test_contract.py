@@ -17,6 +17,7 @@ from ownware_gateway import sse
 from ownware_gateway.events import Event, TextDelta, Usage
 from ownware_gateway.log import (
     CHUNK_BYTES_MAX,
+    INBOX,
     Append,
     Cancels,
     Commit,
@@ -28,6 +29,7 @@ from ownware_gateway.log import (
     Refused,
     Run,
     RunQuery,
+    Starts,
     Stream,
     ThreadQuery,
 )
@@ -492,6 +494,16 @@ async def test_an_empty_thread_can_be_followed_and_takes_the_title_of_its_first_
     assert named.title == "of run_1"
     await log.append(starts("run_2", Stream("thread_1", "child"))).wait()
     assert await log.agents("thread_1") == [("root", 1), ("child", 1)]
+
+
+async def test_no_run_goes_on_in_the_stream_over_all_threads(log: Log) -> None:
+    begin = starts("run_1", Stream(INBOX))
+    assert isinstance(begin.guard, Starts)
+    going_on = Append(begin.stream, begin.guard._replace(goes_on=True), begin.events)
+    assert await refused(log, going_on) is None
+    unknown = Append(Stream("nobody"), going_on.guard, begin.events)
+    assert await refused(log, unknown) is None
+    assert await log.unfinished() == []
 
 
 # -- private facts
