@@ -28,6 +28,7 @@ from ownware_gateway.models.demo import ABOUT, Demo
 from ownware_gateway.permissions import allowed_tools
 from ownware_gateway.profile import McpServer, PermissionMode, Preset, Profile, Profiles
 from ownware_gateway.settings import Settings, variable
+from tests.bench.__main__ import kept, page
 from tests.gateway import (
     Gateways,
     get_json,
@@ -362,6 +363,10 @@ async def test_the_built_in_model_understands_every_prompt_on_the_models_page() 
 
 
 # -- the documents themselves
+
+
+def test_the_performance_page_shows_the_results_that_are_kept() -> None:
+    assert page(kept()) in read("docs/performance.md")
 
 
 def test_the_readme_names_every_marker_and_how_to_run_it() -> None:
