@@ -19,6 +19,7 @@ from typing import Final
 #: How often to look for processes that are left, and how long to wait before the next look.
 SWEEPS_MAX: Final = 10
 SWEEP_PAUSE_S: Final = 0.002
+LOOKS_IN_VAIN: Final = 2
 
 #: How long the watchdog gives servers, whose input has ended with the gateway, to leave.
 ORPHANS_GRACE_S: Final = 1.0
@@ -37,12 +38,15 @@ def sweep(session: int, mark: bytes) -> int:
             os.killpg(session, signal.SIGKILL)
         return 0
     seen: set[int] = set()
+    looks_in_vain = 0
     for _ in range(SWEEPS_MAX):
         alive = [int(name) for name in os.listdir(_PROC) if _belongs(name, session, mark)]
         for pid in alive:
             with suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)
-        if not alive:
+        # Once is not enough: the environment of one that is becoming another program is empty.
+        looks_in_vain = 0 if alive else looks_in_vain + 1
+        if looks_in_vain == LOOKS_IN_VAIN:
             break
         seen.update(alive)
         time.sleep(SWEEP_PAUSE_S)
