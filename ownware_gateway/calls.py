@@ -32,7 +32,15 @@ from ownware_gateway.permissions import (
     stricter,
 )
 from ownware_gateway.profile import SEPARATOR, Profile
-from ownware_gateway.tools import Context, Output, Tool, ToolFailed, clip, parse_arguments
+from ownware_gateway.tools import (
+    Context,
+    Output,
+    Tool,
+    ToolFailed,
+    clip,
+    load_schemas,
+    parse_arguments,
+)
 from ownware_gateway.transcript import Call, RunFacts, Turn, grants
 
 if TYPE_CHECKING:
@@ -92,8 +100,12 @@ class Assignment:
     restarted: bool = False
 
 
-async def load_rules() -> None:
-    """Load what judges calls, away from the event loop; `Calls.judge` tries again if it cannot."""
+async def load_checks() -> None:
+    """Load what calls are checked and judged with, away from the event loop.
+
+    `Calls.judge` tries again if it cannot be loaded now.
+    """
+    await load_schemas()
     if _RULES not in sys.modules:
         with suppress(OSError, ImportError):
             await asyncio.to_thread(importlib.import_module, _RULES)
@@ -179,13 +191,13 @@ class Calls:
 
     def _verdict(self, operation: "Operation") -> Verdict:
         """Return the strictest word of the floors and of the profile, as it was and as it is."""
+        from ownware_gateway.floors import floor
+
         granted = grants(self._history)
         verdict = stricter(
             judge(self._profile, operation, granted),
             judge(self._profile_now, operation, granted),
         )
-        from ownware_gateway.floors import floor
-
         held = floor(operation, self._ground, self._parts.masker)
         return verdict if held is None else stricter(held, verdict)
 

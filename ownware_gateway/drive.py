@@ -10,7 +10,7 @@ from collections.abc import Coroutine, Sequence
 from contextlib import aclosing, suppress
 from typing import Any, Final
 
-from ownware_gateway.calls import Assignment, Calls, Parts, load_rules
+from ownware_gateway.calls import Assignment, Calls, Parts, load_checks
 from ownware_gateway.events import (
     Event,
     Fallback,
@@ -55,7 +55,7 @@ from ownware_gateway.run import (
     tool_end,
     turn_end,
 )
-from ownware_gateway.tools import clip, load_schemas
+from ownware_gateway.tools import clip
 from ownware_gateway.transcript import (
     NOTICE,
     Answer as StoredAnswer,
@@ -97,8 +97,7 @@ class Drive:
     async def go(self) -> None:
         """Take one step after the other. Raises Refused when the run is not ours any more."""
         if self._facts.turn is not None and self._facts.turn.calls:
-            await load_schemas()
-            await load_rules()
+            await load_checks()
         if self._facts.cancel is None and self._facts.end is None:
             # Before anything is judged: what a call may do, its server says.
             await self._within_time(self._calls.connect())
@@ -291,8 +290,7 @@ class Drive:
         index = turn.index
         usage = await self._parts.catalogue.price(self._dispatch.id, answer.usage)
         if answer.turn.tool_calls:
-            await load_schemas()
-            await load_rules()
+            await load_checks()
         turn.answer = StoredAnswer(answer.turn, answer.stop_reason, usage)
         events: list[Event] = []
         if answer.turn.thinking:

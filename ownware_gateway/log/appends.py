@@ -153,8 +153,7 @@ def _start(connection: GroupConnection, stream: Stream, guard: Starts, now: int)
         raise Refused(Tombstone(*row))
     if (active := connection.active_run(stream)) is not None:
         raise Refused(active)
-    known = stream.thread_id != INBOX and connection.one("thread_exists", stream.thread_id)
-    if guard.goes_on and not known:
+    if guard.goes_on and not _is_thread(connection, stream.thread_id):
         raise Refused(None)
     run = guard.run
     connection.run(
@@ -185,6 +184,10 @@ def _start(connection: GroupConnection, stream: Stream, guard: Starts, now: int)
         connection.run(
             "keep_start", key.caller, key.route, key.key, key.fingerprint, run.id, said, now
         )
+
+
+def _is_thread(connection: GroupConnection, thread_id: str) -> bool:
+    return thread_id != INBOX and connection.one("thread_exists", thread_id) is not None
 
 
 def find_start(connection: GroupConnection, key: IdempotencyKey) -> KeptStart | None:

@@ -225,10 +225,7 @@ async def _streams_are_gone(served: Served) -> None:
 async def _main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for row in await memory(Path(folder)):
-            sign = "met" if row.met else "NOT MET"
-            sys.stdout.write(
-                f"{row.what}: {row.value:.2f} {row.unit} ({row.beside}); {row.target}: {sign}\n"
-            )
+            sys.stdout.write(f"{row.line()}\n")
 
 
 if __name__ == "__main__":

@@ -375,10 +375,7 @@ async def _main() -> None:
     minutes = parser.parse_args().minutes
     with tempfile.TemporaryDirectory() as folder:
         for row in await soak(Path(folder), minutes):
-            sign = "met" if row.met else "NOT MET"
-            sys.stdout.write(
-                f"{row.what}: {row.value:.2f} {row.unit} ({row.beside}); {row.target}: {sign}\n"
-            )
+            sys.stdout.write(f"{row.line()}\n")
 
 
 if __name__ == "__main__":
