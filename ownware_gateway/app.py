@@ -33,7 +33,8 @@ from ownware_gateway.mcp.supervisor import Supervisor
 from ownware_gateway.models import Catalogue
 from ownware_gateway.models.catalogue import DEMO_ID as DEMO_ID, KnownModels
 from ownware_gateway.processes import Watchdog
-from ownware_gateway.profile import Known, Profiles
+from ownware_gateway.profile.folder import Profiles
+from ownware_gateway.profile.names import Known
 from ownware_gateway.settings import Settings, child_environment, own_variable
 from ownware_gateway.stream import Streamer
 from ownware_gateway.tools import Tool, files, search, shell, todo, web as web_tools
@@ -133,7 +134,7 @@ async def gateway(settings: Settings) -> AsyncIterator[Gateway]:
                 for name, tool in known.items()
                 if name != "web_search" or settings.search_provider
             },
-            servers=servers,
+            sources=(servers,),
             masker=masker,
             workspace=workspace,
             data_dir=data_dir.path,

@@ -22,7 +22,6 @@ from ownware_gateway.events import (
 )
 from ownware_gateway.log import Commit, Log, Run
 from ownware_gateway.masking import MASK, Masker
-from ownware_gateway.mcp import Servers
 from ownware_gateway.models import Catalogue, Dispatch
 from ownware_gateway.permissions import (
     Verdict,
@@ -35,6 +34,7 @@ from ownware_gateway.profile import SEPARATOR, Profile
 from ownware_gateway.tools import (
     Context,
     Output,
+    Source,
     Tool,
     ToolFailed,
     clip,
@@ -75,7 +75,7 @@ class Parts:
     log: Log
     catalogue: Catalogue
     tools: Mapping[str, Tool]
-    servers: Servers
+    sources: Sequence[Source]
     masker: Masker
     workspace: Path
     data_dir: Path
@@ -133,22 +133,30 @@ class Calls:
         self._loop = asyncio.get_running_loop()
 
     async def connect(self) -> None:
-        """Have the servers up whose tools the agent uses; those that cannot be are `missing`."""
-        await self._parts.servers.connect(self._profile_now)
+        """Have ready what the agent's tools need; what cannot be is `missing`."""
+        for source in self._parts.sources:
+            await source.connect(self._profile_now)
 
     @property
     def tools(self) -> dict[str, Tool]:
         """The tools that the agent has now: those of servers come and go.
 
-        What a server is, the files say; that it may be used, both versions of the profile must.
+        What a source is, the files say; that it may be used, both versions of the profile must.
+        A tool that is built in has its name whoever else wants it.
         """
-        offered = {**self._parts.tools, **self._parts.servers.tools(self._profile_now)}
+        offered: dict[str, Tool] = {}
+        for source in self._parts.sources:
+            offered |= source.tools(self._profile_now)
+        offered |= self._parts.tools
         return allowed_tools(self._profile, allowed_tools(self._profile_now, offered))
 
     @property
     def missing(self) -> Mapping[str, str]:
-        """The servers that cannot be used now, with a sentence each."""
-        return self._parts.servers.missing(self._profile_now)
+        """What cannot be used now, by what its tools' names begin with, with a sentence each."""
+        found: dict[str, str] = {}
+        for source in self._parts.sources:
+            found |= source.missing(self._profile_now)
+        return found
 
     @cached_property
     def _ground(self) -> "Ground":

@@ -30,7 +30,8 @@ from ownware_gateway.doctor import examine
 from ownware_gateway.errors import BootError, GatewayError
 from ownware_gateway.log.backup import backup, restore
 from ownware_gateway.masking import Masker
-from ownware_gateway.profile import AGENT_FILES, Profile
+from ownware_gateway.profile import Profile
+from ownware_gateway.profile.folder import AGENT_FILES
 from ownware_gateway.settings import LOG_LEVELS, Settings, load, variable
 from ownware_gateway.terminal import Terminal, note, printable, say
 

@@ -14,7 +14,7 @@ from ownware_gateway import __version__
 from ownware_gateway.datadir import DATABASE, LOCK_FILE, TOKEN_FILE, read_token, running
 from ownware_gateway.errors import BootError
 from ownware_gateway.log.backup import check, count_unfinished
-from ownware_gateway.profile import Profiles
+from ownware_gateway.profile.folder import Profiles
 
 #: Less free space than this is worth a word: the log stops when there is none.
 FREE_BYTES_MIN: Final = 1_073_741_824

@@ -31,7 +31,8 @@ from ownware_gateway.log import (
     Tombstone,
 )
 from ownware_gateway.models import Dispatch, File
-from ownware_gateway.profile import Profile, Profiles
+from ownware_gateway.profile import Profile
+from ownware_gateway.profile.folder import Profiles
 from ownware_gateway.recent import Recent
 from ownware_gateway.run import Finish
 from ownware_gateway.transcript import RunFacts, load

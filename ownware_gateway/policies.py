@@ -16,7 +16,8 @@ from functools import lru_cache
 from pathlib import PurePath
 from typing import Any, Final, Literal
 
-from ownware_gateway.profile import Condition, Decision, Policy, Profile
+from ownware_gateway.profile import Profile
+from ownware_gateway.profile.rules import Condition, Decision, Policy
 from ownware_gateway.shell_syntax import Command, Script, Word, parse
 from ownware_gateway.tools import Tool
 

@@ -19,7 +19,7 @@ import pytest
 
 from ownware_gateway import __version__, cli
 from ownware_gateway.datadir import DataDir
-from ownware_gateway.profile import Profiles
+from ownware_gateway.profile.folder import Profiles
 from tests.gateway import (
     FAKE_KEY,
     PATIENCE_S,

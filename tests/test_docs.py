@@ -26,7 +26,9 @@ from ownware_gateway.models import Answer, Request, UserTurn
 from ownware_gateway.models.catalogue import DEMO_ID, PROVIDERS
 from ownware_gateway.models.demo import ABOUT, Demo
 from ownware_gateway.permissions import allowed_tools
-from ownware_gateway.profile import McpServer, PermissionMode, Preset, Profile, Profiles
+from ownware_gateway.profile import PermissionMode, Preset, Profile
+from ownware_gateway.profile.folder import Profiles
+from ownware_gateway.profile.servers import McpServer
 from ownware_gateway.settings import Settings, variable
 from tests.bench.__main__ import kept, page
 from tests.gateway import (
@@ -281,7 +283,7 @@ def profile_fields(model: type[BaseModel], path: str = "") -> Iterator[tuple[str
         kind = item.annotation
         if isinstance(kind, type) and issubclass(kind, BaseModel):
             yield from profile_fields(kind, f"{path}{item.alias or name}.")
-        elif name != "soul":
+        elif not item.exclude:
             default = None if item.is_required() else item.get_default(call_default_factory=True)
             yield f"{path}{item.alias or name}", default
 

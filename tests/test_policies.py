@@ -10,7 +10,9 @@ import pytest
 from ownware_gateway.app import tools
 from ownware_gateway.permissions import grant, judge
 from ownware_gateway.policies import RULE_CHARS_MAX, Operation, rules
-from ownware_gateway.profile import Known, Profile, Profiles
+from ownware_gateway.profile import Profile
+from ownware_gateway.profile.folder import Profiles
+from ownware_gateway.profile.names import Known
 from ownware_gateway.tools import Context, Output, Tool
 from tests.gateway import write_profile
 

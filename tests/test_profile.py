@@ -6,10 +6,11 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from ownware_gateway import profile as module
 from ownware_gateway.errors import GatewayError
 from ownware_gateway.mcp import SDK_MISSING
-from ownware_gateway.profile import Known, Profile, Profiles
+from ownware_gateway.profile import Profile, folder as module
+from ownware_gateway.profile.folder import Profiles
+from ownware_gateway.profile.names import Known
 
 FULL = {
     "name": "coder",

@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal, Protocol
 
-from ownware_gateway.profile import McpServer, Profile
+from ownware_gateway.profile import Profile
+from ownware_gateway.profile.servers import McpServer
 from ownware_gateway.tools import Output, Tool
 
 #: What is missing when the SDK is, and what to do.

@@ -15,7 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ownware_gateway.errors import BootError
 from ownware_gateway.masking import SECRET_NAME
-from ownware_gateway.profile import VARIABLE, McpServer, ServerName, explain
+from ownware_gateway.profile.explain import explain
+from ownware_gateway.profile.servers import VARIABLE, McpServer, ServerName
 
 FILE_NAME: Final = "mcp.json"
 FILE_BYTES_MAX: Final = 1_048_576

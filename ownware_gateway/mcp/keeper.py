@@ -22,7 +22,7 @@ from ownware_gateway.mcp.child import Child
 from ownware_gateway.mcp.config import launch, secrets, variables
 from ownware_gateway.mcp.offers import offers
 from ownware_gateway.processes import Watchdog
-from ownware_gateway.profile import McpServer
+from ownware_gateway.profile.servers import McpServer
 from ownware_gateway.tools import Context, Output, Tool, ToolFailed
 
 #: Attempts in a row before a server is given up, and the time that makes one count as steady.

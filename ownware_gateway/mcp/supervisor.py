@@ -8,7 +8,8 @@ from ownware_gateway.errors import GatewayError
 from ownware_gateway.mcp import Called, OfferedTool, ServerStatus, Source
 from ownware_gateway.mcp.config import ServerFiles, variables
 from ownware_gateway.mcp.keeper import Given, Keeper
-from ownware_gateway.profile import SEPARATOR, McpServer, Profile
+from ownware_gateway.profile import SEPARATOR, Profile
+from ownware_gateway.profile.servers import McpServer
 from ownware_gateway.tools import Context, Output, Tool, ToolFailed
 
 #: Servers that callers may have added at a time.

@@ -6,7 +6,10 @@ from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Final, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, Protocol
+
+if TYPE_CHECKING:
+    from ownware_gateway.profile import Profile
 
 #: Most bytes of a tool's output that reach the log and the model; the rest is cut and said so.
 OUTPUT_LIMIT_BYTES: Final = 65_536
@@ -73,6 +76,25 @@ class Tool:
     def identity(self) -> str:
         """What tells this tool from any other, of the same name in another profile for example."""
         return f"{self.name} {self.origin}" if self.origin else self.name
+
+
+class Source(Protocol):
+    """Where tools of a profile come from that are not built in: MCP servers, for example."""
+
+    async def connect(self, profile: "Profile") -> None:
+        """Make ready what a profile's agent uses; return once it is, or cannot be for now."""
+        ...
+
+    def tools(self, profile: "Profile") -> Mapping[str, Tool]:
+        """Return the tools that there are for a profile now, by name."""
+        ...
+
+    def missing(self, profile: "Profile") -> Mapping[str, str]:
+        """Return what cannot be used now, by what its tools' names begin with, and why.
+
+        Each is a sentence, for people and for the model.
+        """
+        ...
 
 
 def clip(text: str, limit_bytes: int = OUTPUT_LIMIT_BYTES) -> Output:

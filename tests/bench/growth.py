@@ -29,7 +29,7 @@ import platformdirs
 
 from ownware_gateway.log.sqlite import SqliteLog
 from ownware_gateway.log.statements import schema_versions
-from ownware_gateway.profile import Profiles
+from ownware_gateway.profile.folder import Profiles
 from tests.bench import served
 from tests.bench.grown import FIRST_KEY, Shape, Threads, build, put_back, thread_id
 from tests.bench.rows import Row

@@ -13,7 +13,7 @@ from ownware_gateway.mcp.config import ServerFiles
 from ownware_gateway.mcp.keeper import Given
 from ownware_gateway.mcp.supervisor import Supervisor
 from ownware_gateway.processes import Watchdog
-from ownware_gateway.profile import McpServer
+from ownware_gateway.profile.servers import McpServer
 from ownware_gateway.tools import Context, ToolFailed
 from tests.mcp import gone, local, pids
 

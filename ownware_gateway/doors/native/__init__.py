@@ -47,7 +47,7 @@ from ownware_gateway.errors import GatewayError
 from ownware_gateway.log import INBOX, Head, Log, Refused, Run, RunQuery, Stream, ThreadQuery
 from ownware_gateway.mcp import Servers
 from ownware_gateway.models import Catalogue
-from ownware_gateway.profile import Profiles
+from ownware_gateway.profile.folder import Profiles
 from ownware_gateway.stream import Plan, Streamer, check_cursor, parse_cursor
 from ownware_gateway.transcript import load, messages
 

@@ -16,7 +16,7 @@ from ownware_gateway.auth import CALLER
 from ownware_gateway.errors import GatewayError
 from ownware_gateway.log import IdempotencyKey
 from ownware_gateway.models import File
-from ownware_gateway.profile import explain
+from ownware_gateway.profile.explain import explain
 
 #: The largest body of a request; attachments stand in it as base64, a third larger.
 BODY_BYTES_MAX: Final = 32 * 1_048_576

@@ -10,7 +10,8 @@ from ownware_gateway.doors.native.bodies import Body, path_id, query, read_body
 from ownware_gateway.errors import GatewayError
 from ownware_gateway.masking import Masker
 from ownware_gateway.mcp import OfferedTool, Servers, ServerStatus, Source
-from ownware_gateway.profile import McpServer, ServerName, explain
+from ownware_gateway.profile.explain import explain
+from ownware_gateway.profile.servers import McpServer, ServerName
 
 #: The longest name of a tool that can be called.
 NAME_CHARS_MAX: Final = 256

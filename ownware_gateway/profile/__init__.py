@@ -1,0 +1,98 @@
+"""Profiles: who an agent is. A folder holds one per sub-folder: `agent.json` and `SOUL.md`.
+
+Files are read again when they change, without a restart; a run keeps the version it started with.
+A file that is wrong is named, with the field and what was expected, and takes no other down.
+docs/profiles.md describes every field; a test holds it complete.
+"""
+
+import json
+from typing import Final, Literal
+
+from pydantic import Field
+
+from ownware_gateway.profile.fields import DurationMs, Strict
+from ownware_gateway.profile.rules import Policy
+from ownware_gateway.profile.servers import McpServer, ServerName
+
+#: Most rules of a profile.
+POLICIES_MAX: Final = 200
+
+#: Stands between an MCP server's name and its tool's: `server__tool`.
+SEPARATOR: Final = "__"
+
+Preset = Literal["full", "coding", "readonly", "none"]
+PermissionMode = Literal["auto", "ask", "deny", "allowlist"]
+
+
+class Tools(Strict):
+    """Which tools the agent has: a preset, and what is added to it or taken away by name.
+
+    `server__*` in `allow` and `deny` stands for all tools of an MCP server.
+    """
+
+    preset: Preset = "full"
+    allow: list[str] = Field(default_factory=list)
+    deny: list[str] = Field(default_factory=list)
+    mcp: dict[ServerName, McpServer] = Field(default_factory=dict, max_length=64)
+
+    def allows(self, name: str) -> bool:
+        """Whether `allow` names a tool, by itself or with its server."""
+        return _listed(name, self.allow)
+
+    def denies(self, name: str) -> bool:
+        """Whether `deny` names a tool, by itself or with its server."""
+        return _listed(name, self.deny)
+
+
+def _listed(name: str, names: list[str]) -> bool:
+    server, separator, _ = name.partition(SEPARATOR)
+    return name in names or (bool(separator) and f"{server}{SEPARATOR}*" in names)
+
+
+class Security(Strict):
+    """When a person is asked, and how long the run waits for an answer."""
+
+    permission_mode: PermissionMode = "ask"
+    hitl_timeout_ms: DurationMs = 1_800_000
+
+
+class Execution(Strict):
+    """What a run may take: active time, and money in US dollars."""
+
+    timeout: DurationMs = 1_800_000
+    max_cost_usd: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+
+
+class Profile(Strict):
+    """An agent as its files describe it."""
+
+    name: str = Field(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    description: str = ""
+    model: str = Field(default="openai:gpt-5.5", pattern=r"^[a-z][a-z0-9_-]*:.+$")
+    temperature: float | None = Field(default=None, ge=0, le=2, allow_inf_nan=False)
+    max_tokens: int | None = Field(default=None, gt=0)
+    max_turns: int = Field(default=100, gt=0, le=10_000)
+    thinking: Literal["off", "low", "medium", "high"] | None = None
+    tools: Tools = Field(default_factory=Tools)
+    security: Security = Field(default_factory=Security)
+    policies: list[Policy] = Field(default_factory=list, max_length=POLICIES_MAX)
+    execution: Execution = Field(default_factory=Execution)
+    system_prompt: str = ""
+    #: The text of SOUL.md, and where the files are; neither stands in agent.json.
+    soul: str = Field(default="", exclude=True)
+    folder: str = Field(default="", exclude=True)
+
+    @property
+    def instructions(self) -> str:
+        """The system prompt: SOUL.md, then `systemPrompt`."""
+        return "\n\n".join(part.strip() for part in (self.soul, self.system_prompt) if part.strip())
+
+    def dump(self) -> str:
+        """Return all of the profile as JSON, for a run to keep the version it started with."""
+        kept = {"soul": self.soul, "folder": self.folder}
+        return json.dumps(self.model_dump(mode="json") | kept)
+
+    @staticmethod
+    def restore(text: str) -> "Profile":
+        """Return the profile that `dump` wrote."""
+        return Profile.model_validate_json(text)

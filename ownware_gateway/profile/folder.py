@@ -1,0 +1,178 @@
+"""The profiles in a folder, always as they are on disk now."""
+
+import difflib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from pydantic import ValidationError
+from pydantic_core import PydanticSerializationError
+
+from ownware_gateway.errors import GatewayError
+from ownware_gateway.profile import Profile
+from ownware_gateway.profile.explain import explain
+from ownware_gateway.profile.names import Known, wrong_name
+
+AGENT_FILES: Final = ("agent.json", "agent.yaml", "agent.yml")
+FILE_BYTES_MAX: Final = 1_048_576
+
+#: Fields of a profile that stand in none of its AGENT_FILES.
+_KEPT_ELSEWHERE: Final = {
+    "soul": "the text of SOUL.md beside it",
+    "folder": "where the file lies",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Broken:
+    """A profile folder whose files are wrong, and a sentence that says how."""
+
+    folder: str
+    message: str
+
+
+class Profiles:
+    """The profiles in a folder, always as they are on disk now."""
+
+    def __init__(self, folder: Path, known: Known | None = None) -> None:
+        """`known` is what a profile may name; None does not look at names."""
+        self._folder = folder
+        self._known = known
+        self._read: dict[Path, tuple[list[bytes], Profile | Broken]] = {}
+
+    def all(self) -> list[Profile]:
+        """Return the usable profiles, by name."""
+        found: dict[str, Profile] = {}
+        for item in self._load():
+            if isinstance(item, Profile):
+                found.setdefault(item.name, item)
+        return sorted(found.values(), key=lambda profile: profile.name)
+
+    def broken(self) -> list[Broken]:
+        """Return what is wrong with the others."""
+        items = list(self._load())
+        wrong = [item for item in items if isinstance(item, Broken)]
+        names = [item.name for item in items if isinstance(item, Profile)]
+        wrong += [
+            Broken(name, f"Two folders hold a profile named {name!r}; the first one is used.")
+            for name in sorted({name for name in names if names.count(name) > 1})
+        ]
+        return wrong
+
+    def is_broken(self, name: str) -> bool:
+        """Whether the profile's folder is there and its files are wrong, half saved perhaps."""
+        return any(item.folder == name for item in self.broken())
+
+    def _check(self, folder: Path, item: Profile | Broken) -> Profile | Broken:
+        """Return the profile unless it names what there is not."""
+        if isinstance(item, Broken) or self._known is None:
+            return item
+        wrong = wrong_name(item, self._known)
+        return item if wrong is None else Broken(folder.name, wrong)
+
+    def get(self, name: str) -> Profile:
+        """Return the profile of this name.
+
+        Raises GatewayError `not_found`; its message says what is wrong with the profile's file,
+        if that is the reason, or which name is near.
+        """
+        profiles = self.all()
+        for profile in profiles:
+            if profile.name == name:
+                return profile
+        for item in self._load():
+            if isinstance(item, Broken) and item.folder == name:
+                raise GatewayError(
+                    "not_found", f"The profile {name!r} cannot be used. {item.message}"
+                )
+        names = [profile.name for profile in profiles]
+        near = difflib.get_close_matches(name, names, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        if not near:
+            hint = f" There are: {', '.join(names)}." if names else " There are no profiles."
+        raise GatewayError("not_found", f"There is no profile named {name!r}.{hint}")
+
+    def _load(self) -> Iterator[Profile | Broken]:
+        try:
+            folders = sorted(self._folder.iterdir()) if self._folder.is_dir() else []
+        except OSError as error:
+            yield Broken(self._folder.name, f"The profiles cannot be read: {error.strerror}.")
+            return
+        for folder in folders:
+            try:
+                found = [file for name in AGENT_FILES if (file := folder / name).is_file()]
+                if found:
+                    yield self._check(folder, self._load_one(folder, found[0]))
+            except OSError as error:
+                yield Broken(
+                    folder.name, f"A file of {folder.name} cannot be read: {error.strerror}."
+                )
+        self._read = {folder: read for folder, read in self._read.items() if folder in set(folders)}
+
+    def _load_one(self, folder: Path, file: Path) -> Profile | Broken:
+        soul = folder / "SOUL.md"
+        # What a file says is compared, not its time: two edits may fall into one tick of a clock.
+        read = [_read(path) if path.is_file() else b"" for path in (file, soul)]
+        known = self._read.get(folder)
+        if known is None or known[0] != read:
+            self._read[folder] = known = (read, _understand(folder, file.name, *read))
+        return known[1]
+
+
+def _read(path: Path) -> bytes:
+    with path.open("rb") as opened:
+        return opened.read(FILE_BYTES_MAX + 1)
+
+
+def _understand(folder: Path, name: str, agent: bytes, soul: bytes) -> Profile | Broken:
+    where = f"{folder.name}/{name}"
+    for part, said in ((name, agent), ("SOUL.md", soul)):
+        if len(said) > FILE_BYTES_MAX:
+            return Broken(folder.name, f"{folder.name}/{part} is over {FILE_BYTES_MAX} bytes.")
+    try:
+        soul_text = soul.decode("utf-8-sig")
+        data = _parse(name, agent.decode("utf-8-sig"))
+    except UnicodeDecodeError:
+        reason = "it is not UTF-8 text"
+        return Broken(folder.name, f"A file of {folder.name} cannot be read: {reason}.")
+    except ValueError as error:
+        return Broken(folder.name, f"{where} is not {error}.")
+    if not isinstance(data, dict):
+        return Broken(folder.name, f'{where} must hold an object, like {{"name": "assistant"}}.')
+    for field, kept in _KEPT_ELSEWHERE.items():
+        if field in data:
+            return Broken(folder.name, f"{where}: the field {field!r} is {kept}.")
+    try:
+        profile = Profile.model_validate({**data, "soul": soul_text, "folder": str(folder)})
+        profile.model_dump_json()
+    except ValidationError as error:
+        return Broken(folder.name, f"{where}: {explain(error, Profile)}")
+    except PydanticSerializationError:
+        return Broken(folder.name, f"{where} holds half a character, like \\ud800 alone.")
+    return profile
+
+
+def _parse(name: str, text: str) -> Any:
+    """Return what a file holds. Raises ValueError: what it is not, and where."""
+    kind = "JSON" if name.endswith(".json") else "YAML"
+    try:
+        return json.loads(text) if kind == "JSON" else _parse_yaml(text)
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno}, column {error.colno}"
+        raise ValueError(f"JSON: {error.msg} at {where}") from error
+    except RecursionError as error:
+        raise ValueError(f"{kind} that can be used: it is nested too deep") from error
+    # A number or a date that Python cannot hold is a plain ValueError in both formats.
+    except ValueError as error:
+        raise ValueError(f"{kind}: {' '.join(str(error).split())}".rstrip(".")) from error
+
+
+def _parse_yaml(text: str) -> Any:
+    import yaml
+
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(str(error)) from error
