@@ -80,13 +80,29 @@ async function show(event, threadId) {
   if (event.type === "text.delta") process.stdout.write(event.text);
   if (event.type === "tool.call.execute") console.log(`\n[${event.toolName}]`);
   if (event.type === "error") console.error(`\n[${event.code}: ${event.message}]`);
+  if (event.type === "question.request") return answer(event, threadId);
   if (event.type !== "permission.request") return;
   console.log(`\n${event.toolName} wants to run with ${JSON.stringify(event.input, null, 2)}`);
   const said = (await read("Allow it? [y]es / [n]o / [a]lways: "))?.trim().toLowerCase()[0];
   const action = { y: "approve", a: "always" }[said] ?? "deny";
-  const answer = { action, requestId: event.requestId };
+  await resume(threadId, { action, requestId: event.requestId });
+}
+
+// A question of the agent's own: options can be chosen by their numbers, and any text is an answer.
+async function answer(event, threadId) {
+  const options = event.options ?? [];
+  console.log(`\n${[event.question, ...options.map((text, i) => `  ${i + 1}. ${text}`)].join("\n")}`);
+  const line = (await read("Answer (an empty line declines): "))?.trim();
+  const numbers = event.multiple ? line?.split(/[\s,]+/) : [line];
+  const chosen = numbers?.map((number) => options[number - 1]);
+  const said = chosen?.every(Boolean) ? chosen.join(", ") : line;
+  const words = said ? { action: "answer", answer: said } : { action: "deny" };
+  await resume(threadId, { ...words, requestId: event.requestId });
+}
+
+async function resume(threadId, body) {
   // Someone else may have answered meanwhile: that is not an error of this chat.
-  await ask(`/threads/${threadId}/resume`, answer).catch((error) => console.error(error.message));
+  await ask(`/threads/${threadId}/resume`, body).catch((error) => console.error(error.message));
 }
 
 async function main() {

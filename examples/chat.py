@@ -96,13 +96,35 @@ def show(event: dict[str, Any], thread_id: str) -> None:
             print("Allow it? [y]es / [n]o / [a]lways: ", end="", flush=True)
             said = sys.stdin.readline().strip().lower()[:1]
             action = {"y": "approve", "a": "always"}.get(said, "deny")
-            answer = {"action": action, "requestId": event["requestId"]}
-            try:
-                ask(f"/threads/{thread_id}/resume", answer)
-            except RuntimeError as error:  # someone else may have answered meanwhile
-                print(error, file=sys.stderr)
+            resume(thread_id, {"action": action, "requestId": event["requestId"]})
+        case "question.request":
+            said = answer(event)
+            words = {"action": "answer", "answer": said} if said else {"action": "deny"}
+            resume(thread_id, {**words, "requestId": event["requestId"]})
         case _:  # everything else, and what a newer gateway may say
             pass
+
+
+def answer(event: dict[str, Any]) -> str:
+    """Return what the person says to a question; options can be chosen by their numbers."""
+    options = event["options"] or []
+    print(f"\n{event['question']}")
+    for number, option in enumerate(options, 1):
+        print(f"  {number}. {option}")
+    print("Answer (an empty line declines): ", end="", flush=True)
+    line = sys.stdin.readline().strip()
+    numbers = line.replace(",", " ").split() if event["multiple"] else [line]
+    by_number = {str(number): option for number, option in enumerate(options, 1)}
+    chosen = [by_number.get(number, "") for number in numbers]
+    return ", ".join(chosen) if chosen and all(chosen) else line
+
+
+def resume(thread_id: str, body: dict[str, Any]) -> None:
+    """Send an answer; someone else may have answered meanwhile."""
+    try:
+        ask(f"/threads/{thread_id}/resume", body)
+    except RuntimeError as error:
+        print(error, file=sys.stderr)
 
 
 def main() -> None:

@@ -27,6 +27,13 @@ post() {
 field() {
     sed -n "s/.*\"$1\":\"\{0,1\}\([^\",}]*\).*/\1/p" | head -n 1
 }
+# Until a run waits for a person.
+wait_for() {
+    for _ in 1 2 3 4 5 6 7 8 9 10; do
+        if request "$api/runs/$1" | grep -q '"status":"waiting"'; then break; fi
+        sleep 1
+    done
+}
 step() {
     printf '\n\n== %s\n' "$1"
 }
@@ -65,10 +72,7 @@ step 'In the same thread, ask for something that an agent may not do without bei
 prompt='write hello.txt: hello from a walk-through'
 body="{\"profileId\":\"$profile\",\"model\":\"$model\",\"threadId\":\"$thread\",\"prompt\":\"$prompt\"}"
 run_id=$(post /run "$body" | field runId)
-for _ in 1 2 3 4 5 6 7 8 9 10; do
-    if request "$api/runs/$run_id" | grep -q '"status":"waiting"'; then break; fi
-    sleep 1
-done
+wait_for "$run_id"
 # The same events as JSON: the last one is the question, and shows what is to be allowed.
 question=$(request "$api/threads/$thread/agents/root/events/history" |
     sed -n 's/.*\({"type":"permission.request".*}\)].*/\1/p')
@@ -83,6 +87,16 @@ post "/threads/$thread/resume" "{\"action\":\"approve\",\"requestId\":\"$request
 
 step 'The run goes on. Its stream from the start, the question included:'
 request -N "$api/runs/$run_id/events" | grep '^event:' | uniq -c
+
+step 'An agent may also ask something itself: then it wants an answer in words.'
+body="{\"profileId\":\"$profile\",\"model\":\"$model\",\"prompt\":\"ask me: Which? [red, green]\"}"
+asking=$(post /run "$body")
+asking_thread=$(printf '%s' "$asking" | field threadId)
+wait_for "$(printf '%s' "$asking" | field runId)"
+request "$api/approvals"
+echo
+post "/threads/$asking_thread/resume" '{"action":"answer","answer":"green"}'
+request -N "$api/runs/$(printf '%s' "$asking" | field runId)/events" | grep '^data:.*"question\.'
 
 step 'How it ended, and the whole conversation.'
 request "$api/runs/$run_id"

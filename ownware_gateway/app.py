@@ -37,7 +37,7 @@ from ownware_gateway.profile.folder import Profiles
 from ownware_gateway.profile.names import Known
 from ownware_gateway.settings import Settings, child_environment, own_variable
 from ownware_gateway.stream import Streamer
-from ownware_gateway.tools import Tool, files, search, shell, todo, web as web_tools
+from ownware_gateway.tools import Tool, ask, files, search, shell, todo, web as web_tools
 
 #: How long the steps under way may take when the gateway leaves.
 GRACE_S: Final = 5.0
@@ -97,7 +97,7 @@ def new_id(kind: str) -> str:
 
 def tools(settings: Settings | None = None) -> dict[str, Tool]:
     """Return every tool there is, by name. Raises BootError for a setting of theirs."""
-    local = (*files.TOOLS, *search.TOOLS, *shell.TOOLS, *todo.TOOLS)
+    local = (*ask.TOOLS, *files.TOOLS, *search.TOOLS, *shell.TOOLS, *todo.TOOLS)
     return {tool.name: tool for tool in (*local, *web_tools.tools(settings or Settings()))}
 
 

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from typing import Final
 
 from ownware_gateway.errors import GatewayError
-from ownware_gateway.events import DecidedBy, PermissionResponse
+from ownware_gateway.events import Answers, DecidedBy, PermissionResponse, QuestionResponse
 from ownware_gateway.log import Append, Decides, Log, Permission, Refused, Stream
+from ownware_gateway.masking import Masker
 
 #: The timer is set for no longer than this, and set again: it does not count the time that the
 #: machine is suspended, which the clock does.
@@ -31,19 +32,27 @@ _log: Final = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """A person's answer to a question; `operation_hash` binds it to what was shown."""
+    """A person's answer; `operation_hash` binds it to what was shown.
+
+    `answer` is for a question that wants words; where the person declines it, as for a permission
+    that is denied, `granted` is False and there are none.
+    """
 
     granted: bool
     always: bool = False
     reason: str = ""
     operation_hash: str | None = None
+    answer: str | None = None
 
 
 class Approvals:
     """The questions of all runs. `go` is told of a run whose question has its answer."""
 
-    def __init__(self, log: Log, clock_ms: Callable[[], int], go: Callable[[str], None]) -> None:
+    def __init__(
+        self, log: Log, clock_ms: Callable[[], int], masker: Masker, go: Callable[[str], None]
+    ) -> None:
         self._log = log
+        self._masker = masker
         self._clock_ms = clock_ms
         self._go = go
         #: When each run's question expires, in milliseconds since 1970: a run has one at a time.
@@ -59,18 +68,19 @@ class Approvals:
         """Answer a question; return it as it was asked. The first answer wins.
 
         Without a request id it is the thread's open question. Raises GatewayError: `not_found`
-        (the thread), `nothing_pending`, `permission_request_not_found`,
-        `permission_already_decided` with the winning decision, `permission_operation_mismatch`.
+        (the thread), `nothing_pending`, `permission_request_not_found`, `invalid_request` for an
+        answer of the other kind, `permission_already_decided` with the winning decision,
+        `permission_operation_mismatch`.
         """
         asked = await self._find(thread_id, request_id)
+        _check_kind(asked, decision)
         if decision.operation_hash not in (None, asked.operation_hash):
             raise GatewayError(
                 "permission_operation_mismatch",
                 "The decision is about another operation than the one that is asked for.",
                 operationHash=asked.operation_hash,
             )
-        said = f"the answer was {'yes' if decision.granted else 'no'}"
-        await self._answer(asked, decision, "user", decision.reason or said)
+        await self._answer(asked, decision, "user", decision.reason or _said(asked, decision))
         return asked
 
     async def _find(self, thread_id: str, request_id: str | None) -> Permission:
@@ -90,14 +100,7 @@ class Approvals:
     async def _answer(
         self, asked: Permission, decision: Decision, by: DecidedBy, reason: str
     ) -> None:
-        response = PermissionResponse(
-            request_id=asked.request_id,
-            granted=decision.granted,
-            decided_by=by,
-            reason=reason,
-            always=decision.always,
-            turn_index=asked.turn_index,
-        )
+        response = self._response(asked, decision, by, reason)
         guard = Decides(asked.request_id, late=by == "timeout")
         stream = Stream(asked.thread_id, asked.agent_id)
         try:
@@ -108,6 +111,28 @@ class Approvals:
             raise await self._already_decided(refused.winner) from None
         self.forget(asked.run_id)
         self._go(asked.run_id)
+
+    def _response(
+        self, asked: Permission, decision: Decision, by: DecidedBy, reason: str
+    ) -> Answers:
+        if asked.kind == "question":
+            answer = decision.answer
+            return QuestionResponse(
+                request_id=asked.request_id,
+                # Seen by everybody, and by the model, like what a tool brings.
+                answer=None if answer is None else self._masker.text(answer),
+                decided_by=by,
+                reason=reason,
+                turn_index=asked.turn_index,
+            )
+        return PermissionResponse(
+            request_id=asked.request_id,
+            granted=decision.granted,
+            decided_by=by,
+            reason=reason,
+            always=decision.always,
+            turn_index=asked.turn_index,
+        )
 
     async def watch(self, run_id: str) -> None:
         """Have the run's question answered with no, once its time is over."""
@@ -192,13 +217,37 @@ class Approvals:
             run = await self._log.run(winner.run_id)
             ends = run is not None and run.cancel_requested_at is not None
             by = "cancel" if ends else "timeout"
+        how = "allowed" if granted else "denied"
+        if winner.kind == "question":
+            how = "answered" if granted else "closed without an answer"
         return GatewayError(
             "permission_already_decided",
-            f"The question was answered already: {'allowed' if granted else 'denied'} by {by}.",
+            f"The question was answered already: {how} by {by}.",
             requestId=winner.request_id,
             granted=granted,
             decidedBy=by,
         )
+
+
+def _check_kind(asked: Permission, decision: Decision) -> None:
+    """Raise GatewayError for an answer that cannot be meant for what was asked."""
+    if asked.kind == "permission" and decision.answer is not None:
+        raise GatewayError(
+            "invalid_request",
+            "The question is whether a tool may run; answer approve, deny or always.",
+        )
+    if asked.kind == "question" and decision.granted and decision.answer is None:
+        raise GatewayError(
+            "invalid_request",
+            "The question wants an answer in words; send the action answer with the field "
+            "'answer', or deny to decline.",
+        )
+
+
+def _said(asked: Permission, decision: Decision) -> str:
+    if asked.kind == "question":
+        return "the person answered" if decision.granted else "the person declined to answer"
+    return f"the answer was {'yes' if decision.granted else 'no'}"
 
 
 def _unknown(request_id: str) -> GatewayError:

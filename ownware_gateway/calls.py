@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from ownware_gateway.events import (
+    Asks,
     Event,
     PermissionRequest,
+    QuestionRequest,
     ToolCallEnd,
     ToolCallExecute,
     ToolCallProgress,
@@ -207,7 +209,11 @@ class Calls:
             judge(self._profile_now, operation, granted),
         )
         held = floor(operation, self._ground, self._parts.masker)
-        return verdict if held is None else stricter(held, verdict)
+        verdict = verdict if held is None else stricter(held, verdict)
+        if operation.tool.asks and verdict.decision == "run":
+            # Whether it may be asked is no question to a person as well.
+            return Verdict("ask", f"{operation.tool.name} asks a person")
+        return verdict
 
     def _absent(self, name: str, tools: Mapping[str, Tool]) -> str:
         why = self.missing.get(name.partition(SEPARATOR)[0])
@@ -231,20 +237,38 @@ class Calls:
         return parse_arguments(tool, wanted.arguments)
 
     async def ask(self, call: Call, reason: str, rule: str | None) -> None:
-        """Append the question to a person whether a call may run, and which rule asks."""
+        """Append what a person is asked: whether a call may run, or the question that it is."""
         tool = self.tools[call.name]
         arguments = self._arguments(tool, call)
-        request = PermissionRequest(
-            request_id=self._parts.new_id("perm"),
-            tool_call_id=call.id,
-            tool_name=call.name,
-            input=self._parts.masker.value(arguments),
-            reason=self._parts.masker.text(reason),
-            operation_hash=self._operation(tool, arguments).hash,
-            expires_at=self._parts.clock_ms() + self._profile.security.hitl_timeout_ms,
-            turn_index=self._turn.index,
-            rule=self._masked(rule),
-        )
+        shown = self._parts.masker.value(arguments)
+        hashed = self._operation(tool, arguments).hash
+        expires_at = self._parts.clock_ms() + self._profile.security.hitl_timeout_ms
+        request: Asks
+        if tool.asks:
+            options = shown.get("options") or None
+            request = QuestionRequest(
+                request_id=self._parts.new_id("ask"),
+                tool_call_id=call.id,
+                tool_name=call.name,
+                question=shown["question"],
+                options=options,
+                multiple=options is not None and shown.get("multiple", False),
+                operation_hash=hashed,
+                expires_at=expires_at,
+                turn_index=self._turn.index,
+            )
+        else:
+            request = PermissionRequest(
+                request_id=self._parts.new_id("perm"),
+                tool_call_id=call.id,
+                tool_name=call.name,
+                input=shown,
+                reason=self._parts.masker.text(reason),
+                operation_hash=hashed,
+                expires_at=expires_at,
+                turn_index=self._turn.index,
+                rule=self._masked(rule),
+            )
         await self._store([request]).wait()
 
     async def run(self, calls: Sequence[Call]) -> None:

@@ -144,9 +144,16 @@ class Client:
             if not place.over:
                 await asyncio.sleep(place.pause_s())
 
-    async def resume(self, thread_id: str, action: str, request_id: str) -> dict[str, Any]:
-        """Answer a `permission.request`: `approve`, `deny` or `always`."""
+    async def resume(
+        self, thread_id: str, action: str, request_id: str, answer: str | None = None
+    ) -> dict[str, Any]:
+        """Answer a `permission.request` with `approve`, `deny` or `always`.
+
+        And a `question.request` with `answer` and the words, or with `deny` to decline.
+        """
         body = {"action": action, "requestId": request_id}
+        if answer is not None:
+            body["answer"] = answer
         answered: dict[str, Any] = await self._ask(
             "POST", f"/threads/{_part(thread_id)}/resume", body
         )

@@ -39,6 +39,7 @@ from ownware_gateway.models import (
 )
 from ownware_gateway.profile import Profile
 from ownware_gateway.run import (
+    Answered,
     Ask,
     Done,
     EndTurn,
@@ -152,6 +153,9 @@ class Drive:
                 ended = clip(self._parts.masker.text(reason)).text
                 by = None if rule is None else self._parts.masker.text(rule)
                 self._store([tool_end(self._turn, call, ended, is_error=True, rule=by)])
+            case Answered(call, result, is_error):
+                said = self._parts.masker.text(result)
+                self._store([tool_end(self._turn, call, said, is_error=is_error)])
             case EndTurn(turn, reason):
                 self._store([turn_end(turn, reason, self._parts.clock_ms())])
             case Done() | Wait() | Finish():

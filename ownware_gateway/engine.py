@@ -128,7 +128,7 @@ class Engine:
         self._starting = 0
         self._stopping = False
         self._recent = Recent(parts.log)
-        self.approvals = Approvals(parts.log, parts.clock_ms, self._go)
+        self.approvals = Approvals(parts.log, parts.clock_ms, parts.masker, self._go)
 
     # -- starting
 

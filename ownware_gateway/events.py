@@ -288,6 +288,41 @@ class PermissionResponse(Event):
     turn_index: int
 
 
+class QuestionRequest(Event):
+    """The run waits for a person's answer in words, to a question that the model has asked.
+
+    `options` are what the model suggests, of which `multiple` may be chosen; any text answers.
+    `operation_hash` binds the answer to this very question.
+    """
+
+    type: Literal["question.request"] = "question.request"
+    request_id: str
+    tool_call_id: str
+    tool_name: str
+    question: str
+    options: list[str] | None
+    multiple: bool
+    operation_hash: str
+    expires_at: int
+    turn_index: int
+
+
+class QuestionResponse(Event):
+    """A person's answer to a question, secrets masked; None where there is none, and why."""
+
+    type: Literal["question.response"] = "question.response"
+    request_id: str
+    answer: str | None
+    decided_by: DecidedBy
+    reason: str
+    turn_index: int
+
+    @property
+    def granted(self) -> bool:
+        """Whether there is an answer."""
+        return self.answer is not None
+
+
 class TurnEnd(Event):
     """One turn is over: the model call and the tools it asked for."""
 
@@ -377,6 +412,8 @@ AnyEvent = (
     | ToolCallEnd
     | PermissionRequest
     | PermissionResponse
+    | QuestionRequest
+    | QuestionResponse
     | TurnEnd
     | TurnInterrupted
     | Recovery
@@ -389,6 +426,13 @@ AnyEvent = (
 EVENTS: Final[Mapping[str, type[Event]]] = {
     event.model_fields["type"].default: event for event in get_args(AnyEvent)
 }
+
+#: What a run waits for a person with, whether a call may run or what the call itself asks, and what
+#: comes back. The one place that says which these are.
+Asks = PermissionRequest | QuestionRequest
+Answers = PermissionResponse | QuestionResponse
+ASKING: Final = frozenset(event.model_fields["type"].default for event in get_args(Asks))
+ANSWERING: Final = frozenset(event.model_fields["type"].default for event in get_args(Answers))
 
 #: Events that only show progress: what they say stands whole in a later event, so folds skip them.
 DELTAS: Final = frozenset({"text.delta", "thinking.delta", "tool.call.progress"})

@@ -9,6 +9,7 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any, Final
 
+from ownware_gateway.events import QuestionRequest, QuestionResponse
 from ownware_gateway.log import Log, Stream
 from ownware_gateway.transcript import Call, RunFacts, Turn, load
 
@@ -102,7 +103,12 @@ def _of_turn(turn: Turn) -> int:
 
 
 def _of_call(call: Call) -> int:
-    return CALL_BYTES + _of_json(call.input, call.end.result if call.end is not None else "")
+    said = _of_json(call.input, call.end.result if call.end is not None else "")
+    if isinstance(call.request, QuestionRequest):
+        said += _of_json(call.request.question, call.request.options)
+    if isinstance(call.response, QuestionResponse):
+        said += _of_json(call.response.answer)
+    return CALL_BYTES + said
 
 
 def _of_json(*values: Any) -> int:

@@ -9,11 +9,15 @@ from dataclasses import dataclass
 from typing import Final, Literal, NamedTuple
 
 from ownware_gateway.events import (
+    Answers,
+    Asks,
     DecidedBy,
     EndStatus,
     Error,
     Event,
     PermissionResponse,
+    QuestionRequest,
+    QuestionResponse,
     SessionEnd,
     StopReason,
     ToolCallEnd,
@@ -60,8 +64,19 @@ class Refuse(NamedTuple):
     rule: str | None = None
 
 
+class Answered(NamedTuple):
+    """End a call that has asked a person: the answer is its result, or why there is none."""
+
+    call: Call
+    result: str
+    is_error: bool
+
+
 class Question(NamedTuple):
-    """Ask a person whether the call may run; `rule` is what asks, if one does."""
+    """Ask a person whether the call may run, or what the call itself asks.
+
+    `rule` is what asks whether it may run, if one does.
+    """
 
     call: Call
     reason: str
@@ -98,7 +113,7 @@ class Done:
 #: How a run ends that was asked to stop.
 CANCELLED: Final = Finish("cancelled", "aborted", "cancelled")
 
-Step = Ask | RunTools | Refuse | Question | Wait | EndTurn | Finish | Done
+Step = Ask | RunTools | Refuse | Answered | Question | Wait | EndTurn | Finish | Done
 
 
 class Limits(NamedTuple):
@@ -153,8 +168,8 @@ def _next_for_calls(turn: Turn, judge: Callable[[Call], Verdict]) -> Step | None
         if call.end is not None:
             continue
         match _next_for_call(call, judge):
-            case Refuse() as refuse:
-                return refuse
+            case Refuse() | Answered() as ends:
+                return ends
             case Wait() | Question() as asks:
                 question = question or asks
             case "granted":
@@ -168,7 +183,9 @@ def _next_for_calls(turn: Turn, judge: Callable[[Call], Verdict]) -> Step | None
 
 def _next_for_call(
     call: Call, judge: Callable[[Call], Verdict]
-) -> Refuse | Wait | Question | Literal["granted", "free"]:
+) -> Refuse | Answered | Wait | Question | Literal["granted", "free"]:
+    if isinstance(call.response, QuestionResponse):
+        return _answered(call, call.response)
     if call.response is not None and not call.executing and not call.response.granted:
         return Refuse(call, _denial(call.response))
     if call.request is not None and call.response is None and not call.executing:
@@ -184,6 +201,12 @@ def _next_for_call(
 
 def _denial(response: PermissionResponse) -> str:
     return f"Denied: {response.reason}"
+
+
+def _answered(call: Call, response: QuestionResponse) -> Answered:
+    if response.answer is not None:
+        return Answered(call, response.answer, is_error=False)
+    return Answered(call, f"{response.reason[:1].upper()}{response.reason[1:]}.", is_error=True)
 
 
 def _stop_at_limit(facts: RunFacts, limits: Limits) -> Finish | None:
@@ -280,20 +303,39 @@ def _close_calls(turn: Turn, finish: Finish) -> list[Event]:
         if call.end is not None:
             continue
         if call.request is not None and call.response is None:
-            events.append(
-                PermissionResponse(
-                    request_id=call.request.request_id,
-                    granted=False,
-                    decided_by=decided_by,
-                    reason=why,
-                    turn_index=turn.index,
-                )
-            )
-        how = "Interrupted" if call.executing else "Not run"
-        events.append(
-            tool_end(turn, call, f"{how}: {why}.", is_error=True),
-        )
+            events.append(_unanswered(call.request, decided_by, why))
+        events.append(_close_call(turn, call, why))
     return events
+
+
+def _close_call(turn: Turn, call: Call, why: str) -> ToolCallEnd:
+    if isinstance(call.response, QuestionResponse):
+        # It was answered, and nothing but its end is missing.
+        said = _answered(call, call.response)
+        return tool_end(turn, call, said.result, is_error=said.is_error)
+    how = "Interrupted" if call.executing else "Not run"
+    if isinstance(call.request, QuestionRequest):
+        how = "Not answered"
+    return tool_end(turn, call, f"{how}: {why}.", is_error=True)
+
+
+def _unanswered(asked: Asks, by: DecidedBy, why: str) -> Answers:
+    """Return the response to what a person was asked and has not answered."""
+    if isinstance(asked, QuestionRequest):
+        return QuestionResponse(
+            request_id=asked.request_id,
+            answer=None,
+            decided_by=by,
+            reason=why,
+            turn_index=asked.turn_index,
+        )
+    return PermissionResponse(
+        request_id=asked.request_id,
+        granted=False,
+        decided_by=by,
+        reason=why,
+        turn_index=asked.turn_index,
+    )
 
 
 def tool_end(

@@ -10,6 +10,7 @@ import os
 import re
 import sys
 import termios
+from collections.abc import Sequence
 from typing import Any, Final
 
 from ownware_gateway.client import Client
@@ -28,6 +29,9 @@ CALL_CHARS_MAX: Final = 160
 _CONTROL: Final = re.compile(
     r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
 )
+
+#: Options that are chosen by their numbers.
+_NUMBERS: Final = re.compile(r"[0-9]{1,3}(?:[, ]+[0-9]{1,3})*")
 
 #: How a run ended, if not well.
 ENDS: Final = {"failed": "failed", "cancelled": "was cancelled", "timed_out": "timed out"}
@@ -53,6 +57,8 @@ class Terminal:
                 self._since = event.get("seq", self._since)
                 if event["type"] == "permission.request":
                     await self._decide(event)
+                elif event["type"] == "question.request":
+                    await self._answer(event)
                 elif event["type"] == "session.end":
                     code = 0 if event["status"] == "succeeded" else 1
                 self._show(event)
@@ -102,8 +108,24 @@ class Terminal:
         else:
             action = "deny"
             self._about("Denied: there is no terminal to ask on. --yes approves everything.")
+        await self._resume(asked, action)
+
+    async def _answer(self, asked: dict[str, Any]) -> None:
+        """Have a question of the model answered in words, by whoever is there."""
+        options: list[str] = asked["options"] or []
+        shown = "".join(f"\n  {number}. {option}" for number, option in enumerate(options, 1))
+        self._about(f"{asked['question']}{shown}")
+        said = None
+        if sys.stdin.isatty() and sys.stderr.isatty():
+            said = await _ask_words(options, multiple=asked["multiple"])
+        else:
+            note("Not answered: there is no terminal to ask on.")
+        await self._resume(asked, "deny" if said is None else "answer", said)
+
+    async def _resume(self, asked: dict[str, Any], action: str, answer: str | None = None) -> None:
+        thread_id, request_id = self._run["threadId"], asked["requestId"]
         try:
-            await self._client.resume(self._run["threadId"], action, asked["requestId"])
+            await self._client.resume(thread_id, action, request_id, answer)
         except GatewayError as error:
             # Somebody else was faster, or it took too long: the run goes on with that answer.
             self._about(error.message)
@@ -122,6 +144,33 @@ async def _ask() -> str:
             return action
     note("Denied: no answer.")
     return "deny"
+
+
+async def _ask_words(options: Sequence[str], *, multiple: bool) -> str | None:
+    """Return what a person answers to a question that stands on the terminal; None for nothing."""
+    termios.tcflush(sys.stdin.fileno(), termios.TCIFLUSH)
+    choose = "numbers, or your own words" if multiple else "a number, or your own words"
+    for _ in range(ANSWERS_MAX):
+        hint = f" ({choose})" if options else ""
+        print(f"Answer{hint}, Ctrl-D for none: ", end="", file=sys.stderr, flush=True)
+        line = await _read_line(sys.stdin.fileno())
+        if not line:
+            break
+        if line.strip():
+            return chosen(line.strip(), options, multiple=multiple)
+    note("Not answered.")
+    return None
+
+
+def chosen(line: str, options: Sequence[str], *, multiple: bool) -> str:
+    """Return the answer that a line means: numbers stand for options, all else for itself."""
+    if line in options or not _NUMBERS.fullmatch(line):
+        return line
+    numbers = [int(number) for number in re.findall(r"[0-9]+", line)]
+    known = all(0 < number <= len(options) for number in numbers)
+    if not known or (len(numbers) > 1 and not multiple):
+        return line
+    return ", ".join(options[number - 1] for number in numbers)
 
 
 async def _read_line(terminal: int) -> str:

@@ -10,10 +10,14 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from ownware_gateway.events import (
+    Answers,
+    Asks,
     Error,
     Event,
     PermissionRequest,
     PermissionResponse,
+    QuestionRequest,
+    QuestionResponse,
     Recovery,
     RunCancel,
     SessionEnd,
@@ -94,8 +98,8 @@ class Call:
     id: str
     name: str
     input: dict[str, Any] = field(default_factory=dict)
-    request: PermissionRequest | None = None
-    response: PermissionResponse | None = None
+    request: Asks | None = None
+    response: Answers | None = None
     executing: bool = False
     end: ToolCallEnd | None = None
 
@@ -165,7 +169,7 @@ class RunFacts:
         """How many answers the model has finished."""
         return sum(turn.complete for turn in self.turns)
 
-    def question(self) -> PermissionRequest | None:
+    def question(self) -> Asks | None:
         """Return the question to a person that has no answer yet."""
         if self.turn is None:
             return None
@@ -246,7 +250,9 @@ def _apply_to_call(turn: Turn, event: Event) -> None:
         case PermissionRequest():
             turn.calls[event.tool_call_id].request = event
             turn.calls[event.tool_call_id].input = event.input
-        case PermissionResponse():
+        case QuestionRequest():
+            turn.calls[event.tool_call_id].request = event
+        case PermissionResponse() | QuestionResponse():
             for call in turn.calls.values():
                 if call.request is not None and call.request.request_id == event.request_id:
                     call.response = event
@@ -397,13 +403,13 @@ def grants(runs: Sequence[RunFacts]) -> set[str]:
             continue
         for turn in run.turns:
             for call in turn.calls.values():
+                asked, said = call.request, call.response
                 if (
-                    call.request
-                    and call.response
-                    and call.response.granted
-                    and call.response.always
+                    isinstance(asked, PermissionRequest)
+                    and isinstance(said, PermissionResponse)
+                    and said.granted
+                    and said.always
                 ):
-                    asked = call.request
                     allowed |= {grant(asked.tool_name, asked.rule), asked.operation_hash}
     return allowed
 

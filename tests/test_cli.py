@@ -20,6 +20,7 @@ import pytest
 from ownware_gateway import __version__, cli
 from ownware_gateway.datadir import DataDir
 from ownware_gateway.profile.folder import Profiles
+from ownware_gateway.terminal import chosen
 from tests.gateway import (
     FAKE_KEY,
     PATIENCE_S,
@@ -505,6 +506,61 @@ async def test_always_is_asked_once_and_what_is_no_answer_again(assistant: Path)
         assert b"Allow?" not in (await seen(terminal, b"Thread: ")).replace(b"a\r\n", b"")
         assert await asyncio.wait_for(process.wait(), PATIENCE_S) == 0
     assert (assistant / "work" / "b.txt").exists()
+
+
+@pytest.mark.parametrize(
+    ("typed", "says"),
+    [
+        (b"2\n", b"ask_user answered: dark green"),
+        (b"\n3\n", b"ask_user answered: 3"),
+        (b"none of them\n", b"ask_user answered: none of them"),
+        (b"\x04", b"ask_user failed: The person declined to answer."),
+    ],
+    ids=["a number", "again after nothing", "words", "the end"],
+)
+async def test_at_a_terminal_a_person_answers_a_question(
+    assistant: Path, typed: bytes, says: bytes
+) -> None:
+    prompt = "ask me: Which\x1b[2J colour? [red, dark green]"
+    async with at_a_terminal("run", "assistant", prompt) as (process, terminal):
+        said = await seen(terminal, b"none: ")
+        assert b"  1. red\r\n  2. dark green\r\n" in said
+        assert b"\x1b" not in said
+        os.write(terminal, typed)
+        assert says in await seen(terminal, b"Thread: ")
+        assert await asyncio.wait_for(process.wait(), PATIENCE_S) == 0
+
+
+def test_with_no_terminal_a_question_is_declined_whatever_was_approved(
+    assistant: Path, capsys: Output
+) -> None:
+    assert cli.run(["run", "assistant", "ask me: Why?", "--yes"]) == 0
+    out, err = capsys.readouterr()
+    assert "Why?" in err
+    assert "Not answered: there is no terminal to ask on" in err
+    assert "The person declined to answer." in out
+
+
+@pytest.mark.parametrize(
+    ("line", "multiple", "means"),
+    [
+        ("1", False, "red"),
+        ("2", True, "10"),
+        ("1, 3", True, "red, blue"),
+        ("3 1", True, "blue, red"),
+        ("1, 3", False, "1, 3"),
+        ("0", False, "0"),
+        ("4", False, "4"),
+        ("10", False, "10"),
+        ("²", False, "²"),
+        ("1 or 2", True, "1 or 2"),
+        ("red", False, "red"),
+    ],
+)
+def test_numbers_stand_for_options_and_all_else_for_itself(
+    line: str, multiple: bool, means: str
+) -> None:
+    assert chosen(line, ["red", "10", "blue"], multiple=multiple) == means
 
 
 async def test_ctrl_c_at_a_question_cancels_the_run(assistant: Path) -> None:

@@ -119,6 +119,16 @@ async def test_a_question_is_answered(client: Client, provider: Provider, up: Ga
     assert (up.workspace / "a.txt").read_text(encoding="utf-8") == "hi"
 
 
+async def test_a_question_in_words_is_answered(client: Client) -> None:
+    run = await client.start("assistant", "ask me: Which?", model=DEMO)
+    events = []
+    async for event in client.events(run["threadId"], run_id=run["runId"]):
+        events.append(event)
+        if event["type"] == "question.request":
+            await client.resume(run["threadId"], "answer", event["requestId"], "that one")
+    assert text(events).endswith("ask_user answered: that one")
+
+
 async def test_a_run_is_cancelled(client: Client, provider: Provider) -> None:
     provider.reply(Reply(text=["never"], hang=True))
     run = await client.start("assistant", "hang")

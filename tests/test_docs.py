@@ -21,7 +21,7 @@ from ownware_gateway import cli
 from ownware_gateway.app import tools
 from ownware_gateway.doors.native import Native
 from ownware_gateway.errors import CODES
-from ownware_gateway.events import EVENTS, Attachment, Fallback, StopReason, Usage, Wire
+from ownware_gateway.events import ASKING, EVENTS, Attachment, Fallback, StopReason, Usage, Wire
 from ownware_gateway.models import Answer, Request, UserTurn
 from ownware_gateway.models.catalogue import DEMO_ID, PROVIDERS
 from ownware_gateway.models.demo import ABOUT, Demo
@@ -443,7 +443,7 @@ async def settle(http: aiohttp.ClientSession, url: str) -> None:
         if (await get_json(http, url, f"/runs/{run['runId']}"))["status"] != "waiting":
             path = f"/runs/{run['runId']}/events?since={seq}"
             async with open_stream(http, url, path) as response:
-                await read_frames(response, lambda f: f.event in ("permission.request", "done"))
+                await read_frames(response, lambda f: f.event in {*ASKING, "done"})
 
 
 @pytest.mark.parametrize("name", ["README.md", "docs/quickstart.md"])

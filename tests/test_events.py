@@ -6,6 +6,8 @@ import pytest
 from pydantic import ValidationError
 
 from ownware_gateway.events import (
+    ANSWERING,
+    ASKING,
     DELTAS,
     EVENTS,
     AnyEvent,
@@ -15,6 +17,8 @@ from ownware_gateway.events import (
     Fallback,
     PermissionRequest,
     PermissionResponse,
+    QuestionRequest,
+    QuestionResponse,
     Recovery,
     RunCancel,
     SessionEnd,
@@ -129,6 +133,34 @@ EXAMPLES: list[AnyEvent] = [
     PermissionResponse(
         request_id="q", granted=True, decided_by="user", reason="", always=True, turn_index=0
     ),
+    QuestionRequest(
+        request_id="q",
+        tool_call_id="c",
+        tool_name="ask_user",
+        question='Which "é"?',
+        options=["red", "green"],
+        multiple=True,
+        operation_hash="h",
+        expires_at=AT,
+        turn_index=0,
+    ),
+    QuestionRequest(
+        request_id="q",
+        tool_call_id="c",
+        tool_name="ask_user",
+        question="Which one?",
+        options=None,
+        multiple=False,
+        operation_hash="h",
+        expires_at=AT,
+        turn_index=0,
+    ),
+    QuestionResponse(
+        request_id="q", answer="red\né", decided_by="user", reason="it was said", turn_index=0
+    ),
+    QuestionResponse(
+        request_id="q", answer=None, decided_by="timeout", reason="too late", turn_index=0
+    ),
     TurnEnd(turn_index=0, stop_reason="tool_use", usage=USAGE, timestamp=AT),
     TurnInterrupted(turn_index=1, reason="aborted", timestamp=AT),
     Recovery(reason="restart", attempt=1, detail="went on", turn_index=1),
@@ -183,6 +215,11 @@ def test_the_vocabulary_is_complete() -> None:
     assert len(EVENTS) == len(get_args(AnyEvent))
     for name, event in EVENTS.items():
         assert get_args(event.model_fields["type"].annotation) == (name,)
+
+
+def test_what_is_asked_of_a_person_and_answered_is_of_two_kinds() -> None:
+    assert {"permission.request", "question.request"} == ASKING
+    assert {"permission.response", "question.response"} == ANSWERING
 
 
 def test_deltas_are_events_and_no_fact_is_a_delta() -> None:

@@ -76,6 +76,20 @@ async def test_a_chat_keeps_one_conversation_and_asks_before_a_tool_runs(
 
 
 @chats
+async def test_a_chat_answers_a_question_by_its_number_in_words_or_not_at_all(
+    command: Command, up: Gateway
+) -> None:
+    asking = "ask me: Which colour? [red, green]\n"
+    typed = f"{asking}2\n{asking}3\n{asking}rather blue\n{asking}\nask me: Why?\n1\n"
+    code, said = await finished(command, up.url, up.token, typed)
+    assert code == 0
+    assert "Which colour?\n  1. red\n  2. green\n" in said
+    for answer in ("green", "3", "rather blue", "1"):
+        assert f"ask_user answered: {answer}\n" in said
+    assert "I could not use ask_user: The person declined to answer." in said
+
+
+@chats
 async def test_a_chat_goes_on_after_cut_connections(command: Command, up: Gateway) -> None:
     def cut(brought: bytes) -> int | None:
         # Only the stream is cut: after 2 KB, which is a few words of the answer.
@@ -140,7 +154,8 @@ async def test_the_walkthrough_walks_through(
     assert '"status":"healthy"' in said
     # The fourth event: in the whole stream, after since=3, after the third id.
     assert said.count(".4\n") == 3
-    assert '"approved":true' in said
+    assert said.count('"approved":true') == 2
+    assert '"answer":"green"' in said
     assert '"status":"succeeded"' in said
     written = (up.workspace / "hello.txt").read_text(encoding="utf-8")
     assert written == "hello from a walk-through"

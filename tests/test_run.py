@@ -4,10 +4,15 @@ from typing import Any, Literal
 import pytest
 
 from ownware_gateway.events import (
+    Answers,
+    Asks,
+    DecidedBy,
     Error,
     Event,
     PermissionRequest,
     PermissionResponse,
+    QuestionRequest,
+    QuestionResponse,
     Recovery,
     RunCancel,
     SessionEnd,
@@ -34,6 +39,7 @@ from ownware_gateway.run import (
     RETRY_AFTER_S_MAX,
     RETRY_S,
     RETRY_S_MAX,
+    Answered,
     Ask,
     Done,
     EndTurn,
@@ -174,6 +180,20 @@ class Recorder:
         )
 
     def asks(self, call_id: str, name: str) -> "Recorder":
+        if name == "ask_user":
+            return self.add(
+                QuestionRequest(
+                    request_id=f"perm_{call_id}",
+                    tool_call_id=call_id,
+                    tool_name=name,
+                    question="Which one?",
+                    options=["red", "green"],
+                    multiple=False,
+                    operation_hash=f"hash_{call_id}",
+                    expires_at=AT + 1_000,
+                    turn_index=self.index,
+                )
+            )
         return self.add(
             PermissionRequest(
                 request_id=f"perm_{call_id}",
@@ -195,6 +215,19 @@ class Recorder:
                 decided_by="user",
                 reason="a person said so",
                 always=always,
+                turn_index=self.index,
+            )
+        )
+
+    def answers(
+        self, call_id: str, answer: str | None, by: DecidedBy = "user", reason: str = ""
+    ) -> "Recorder":
+        return self.add(
+            QuestionResponse(
+                request_id=f"perm_{call_id}",
+                answer=answer,
+                decided_by=by,
+                reason=reason,
                 turn_index=self.index,
             )
         )
@@ -236,16 +269,18 @@ READ_2 = ("c_read_2", "read_file")
 SHELL = ("c_shell", "shell_execute")
 SHELL_2 = ("c_shell_2", "shell_execute")
 UNKNOWN = ("c_unknown", "fly")
+PERSON = ("c_person", "ask_user")
+PERSON_2 = ("c_person_2", "ask_user")
 
 
 def judge(call: Call) -> Verdict:
-    """Reading is free, the shell is asked for, nothing else exists; as a drive decides."""
+    """Reading is free, the shell is asked for, a person may be asked, nothing else exists."""
     if call.executing:
         return Verdict("deny", "Interrupted: the gateway stopped while this ran.")
     match call.name:
         case "read_file":
             return Verdict("run", "it only reads")
-        case "shell_execute":
+        case "shell_execute" | "ask_user":
             return Verdict("ask", "it may change something")
         case _:
             return Verdict("deny", "There is no such tool.")
@@ -309,6 +344,51 @@ def recorded_runs() -> dict[str, Recorded]:
             .asks(*SHELL_2)
             .decides(SHELL_2[0], granted=False)
             .ends(*SHELL_2, "Denied: a person said so", error=True)
+            .executes(SHELL)
+            .ends(*SHELL, "ok")
+            .turn_ends()
+            .turn()
+            .answer("Done")
+            .finishes()
+        ),
+        "a person is asked and answers": (
+            Recorder()
+            .begin()
+            .answer("", PERSON)
+            .asks(*PERSON)
+            .answers(PERSON[0], "green")
+            .ends(*PERSON, "green")
+            .turn_ends()
+            .turn()
+            .answer("Done")
+            .finishes()
+        ),
+        "a person is asked and declines": (
+            Recorder()
+            .begin()
+            .answer("", PERSON)
+            .asks(*PERSON)
+            .answers(PERSON[0], None, reason="the person declined to answer")
+            .ends(*PERSON, "The person declined to answer.", error=True)
+            .turn_ends()
+            .turn()
+            .answer("A pity")
+            .finishes()
+        ),
+        "questions of both kinds": (
+            Recorder()
+            .begin()
+            .answer("", PERSON, SHELL, READ, PERSON_2)
+            .executes(READ)
+            .ends(*READ, "one")
+            .asks(*PERSON)
+            .answers(PERSON[0], "red")
+            .ends(*PERSON, "red")
+            .asks(*SHELL)
+            .decides(SHELL[0], granted=True)
+            .asks(*PERSON_2)
+            .answers(PERSON_2[0], None, "timeout", "nobody answered within 1 s")
+            .ends(*PERSON_2, "Nobody answered within 1 s.", error=True)
             .executes(SHELL)
             .ends(*SHELL, "ok")
             .turn_ends()
@@ -403,11 +483,17 @@ def perform(step: Step, facts: RunFacts) -> list[Event]:
         case Refuse(call, reason):
             assert turn is not None
             events.append(tool_end(turn, call, reason, is_error=True))
+        case Answered(call, result, is_error):
+            assert turn is not None
+            events.append(tool_end(turn, call, result, is_error=is_error))
         case Question(call, _):
             events += Recorder().asks(call.id, call.name).run.appends[-1]
         case Wait(request_id):
             call_id = request_id.removeprefix("perm_")
-            events += Recorder().decides(call_id, granted=True).run.appends[-1]
+            said = Recorder().decides(call_id, granted=True)
+            if isinstance(facts.question(), QuestionRequest):
+                said = Recorder().answers(call_id, "green")
+            events += said.run.appends[-1]
         case EndTurn(ended, reason):
             events.append(turn_end(ended, reason, AT))
         case Finish():
@@ -440,8 +526,8 @@ def check_whole(events: list[Event]) -> None:
     ends = [event for event in events if isinstance(event, SessionEnd)]
     assert ends == [events[-1]]
     (end,) = ends
-    asked = [event.request_id for event in events if isinstance(event, PermissionRequest)]
-    answered = [event.request_id for event in events if isinstance(event, PermissionResponse)]
+    asked = [event.request_id for event in events if isinstance(event, Asks)]
+    answered = [event.request_id for event in events if isinstance(event, Answers)]
     assert sorted(asked) == sorted(answered)
     superseded = {
         event.supersedes
@@ -554,6 +640,8 @@ def call_names(step: Step) -> Any:
             return "refuse", call.id, reason
         case Question(call, _):
             return "ask", call.id
+        case Answered(call, result, is_error):
+            return "answered", call.id, result, is_error
         case EndTurn(turn, reason):
             return "end turn", turn.index, reason
         case _:
@@ -624,6 +712,41 @@ TABLE: dict[str, tuple[Recorder, Any]] = {
     "a granted call that was executing": (
         begun().answer("", SHELL).asks(*SHELL).decides("c_shell", granted=True).executes(SHELL),
         ("refuse", "c_shell", CUT[2]),
+    ),
+    "a call that asks a person": (begun().answer("", PERSON), ("ask", "c_person")),
+    "free calls go before a person is asked": (
+        begun().answer("", PERSON, READ),
+        ("run", "c_read"),
+    ),
+    "a question without its answer": (
+        begun().answer("", PERSON, PERSON_2, SHELL).asks(*PERSON),
+        Wait("perm_c_person"),
+    ),
+    "an answer is the result, before anything else is asked": (
+        begun().answer("", PERSON, SHELL).asks(*PERSON).answers("c_person", "blue"),
+        ("answered", "c_person", "blue", False),
+    ),
+    "the next question": (
+        begun()
+        .answer("", PERSON, PERSON_2)
+        .asks(*PERSON)
+        .answers("c_person", "red")
+        .ends(*PERSON, "red"),
+        ("ask", "c_person_2"),
+    ),
+    "a question that was declined": (
+        begun()
+        .answer("", PERSON)
+        .asks(*PERSON)
+        .answers("c_person", None, reason="the person declined to answer"),
+        ("answered", "c_person", "The person declined to answer.", True),
+    ),
+    "a question that nobody answered": (
+        begun()
+        .answer("", PERSON)
+        .asks(*PERSON)
+        .answers("c_person", None, "timeout", "nobody answered within 60 s"),
+        ("answered", "c_person", "Nobody answered within 60 s.", True),
     ),
     "all calls have ended": (
         begun().answer("", READ).executes(READ).ends(*READ, "x"),
@@ -707,6 +830,32 @@ def test_a_question_of_a_run_out_of_time_is_answered_by_the_timeout() -> None:
     assert response.decided_by == "timeout"
     assert call.result == "Not run: the run ran out of time."
     assert turn.reason == "timeout"
+
+
+@pytest.mark.parametrize(("ending", "by"), [("cancelled", "cancel"), ("timed out", "timeout")])
+def test_a_question_of_a_run_that_ends_stays_without_an_answer(ending: str, by: str) -> None:
+    facts = facts_of(begun().answer("", PERSON).asks(*PERSON))
+    response, call, *_ = closing(facts, ENDINGS[ending], AT)
+    assert isinstance(response, QuestionResponse)
+    assert isinstance(call, ToolCallEnd)
+    assert (response.request_id, response.answer) == ("perm_c_person", None)
+    assert response.decided_by == by
+    assert call.result == f"Not answered: {response.reason}."
+    assert call.is_error
+
+
+def test_an_answer_stays_the_result_though_the_run_ends_before_it_was_told() -> None:
+    facts = facts_of(begun().answer("", PERSON).asks(*PERSON).answers("c_person", "red"))
+    call, *rest = closing(facts, ENDINGS["cancelled"], AT)
+    assert isinstance(call, ToolCallEnd)
+    assert (call.result, call.is_error) == ("red", False)
+    assert [event.type for event in rest] == ["turn.interrupted", "session.end"]
+
+
+def test_an_answer_counts_though_the_tool_is_refused_by_now() -> None:
+    facts = facts_of(begun().answer("", PERSON).asks(*PERSON).answers("c_person", "red"))
+    step = next_step(facts, lambda _: Verdict("deny", "no more"), LIMITS)
+    assert call_names(step) == ("answered", "c_person", "red", False)
 
 
 def test_a_call_that_was_running_is_told_to_be_interrupted() -> None:

@@ -9,9 +9,9 @@ This is the contract; whoever keeps the log implements all of it and nothing mor
   in the transaction of the event that changes them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final, Literal, NamedTuple, Protocol
+from typing import Any, Final, Literal, NamedTuple, Protocol
 
 from ownware_gateway.events import (
     AnyEvent,
@@ -127,7 +127,11 @@ class Thread(NamedTuple):
 
 
 class Permission(NamedTuple):
-    """A question to a person, and its answer: `granted` is None until there is one."""
+    """What is asked of a person, and the answer: `granted` is None until there is one.
+
+    `question` is None where a call asks whether it may run. Where the call itself asks, it is what
+    (`question`, `options`, `multiple`) until it is answered, and empty from then on.
+    """
 
     request_id: str
     run_id: str
@@ -141,6 +145,12 @@ class Permission(NamedTuple):
     granted: bool | None
     decided_by: DecidedBy | None
     decided_at: int | None
+    question: Mapping[str, Any] | None = None
+
+    @property
+    def kind(self) -> Literal["permission", "question"]:
+        """Whether a yes is asked for, or an answer in words."""
+        return "permission" if self.question is None else "question"
 
 
 class NewRun(NamedTuple):

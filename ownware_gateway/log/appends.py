@@ -8,11 +8,16 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 from ownware_gateway.events import (
+    ANSWERING,
+    ASKING,
     DELTAS,
+    Asks,
     Event,
     Fallback,
     PermissionRequest,
     PermissionResponse,
+    QuestionRequest,
+    QuestionResponse,
     RunCancel,
     SessionEnd,
     SessionStart,
@@ -41,6 +46,9 @@ from ownware_gateway.log.group import GroupConnection, numbered
 KEYS_KEPT_MS: Final = 8 * 86_400_000
 
 INBOX_STREAM: Final = Stream(INBOX)
+
+#: What the stream over all threads shows.
+_TOLD: Final = ASKING | ANSWERING
 
 
 class Appending:
@@ -92,7 +100,7 @@ class Appending:
         asked = [
             (kind, body)
             for kind, body in zip(self._types, self._payloads, strict=True)
-            if kind in ("permission.request", "permission.response")
+            if kind in _TOLD
         ]
         if not asked:
             return
@@ -209,7 +217,7 @@ def _change_rows(connection: GroupConnection, event: Event, row: dict[str, Any])
             connection.run("run_starts", **row)
         case TurnEnd():
             _add_usage(connection, row, event.usage)
-        case PermissionRequest():
+        case PermissionRequest() | QuestionRequest():
             connection.run(
                 "ask",
                 **row,
@@ -218,9 +226,10 @@ def _change_rows(connection: GroupConnection, event: Event, row: dict[str, Any])
                 operation_hash=event.operation_hash,
                 expires_at=event.expires_at,
                 turn_index=event.turn_index,
+                question=_question(event),
             )
             connection.run("run_waits", **row)
-        case PermissionResponse():
+        case PermissionResponse() | QuestionResponse():
             connection.run(
                 "decide",
                 **row,
@@ -237,6 +246,17 @@ def _change_rows(connection: GroupConnection, event: Event, row: dict[str, Any])
             connection.run("touch_thread", **row)
         case _:
             pass
+
+
+def _question(event: Asks) -> str | None:
+    """Return what a question asks as JSON, for its row; None where a call asks whether it may run.
+
+    In ASCII: a model may spell half a character, which is no text to the database.
+    """
+    if isinstance(event, PermissionRequest):
+        return None
+    shown = {"question": event.question, "options": event.options, "multiple": event.multiple}
+    return json.dumps(shown)
 
 
 def _add_usage(connection: GroupConnection, row: dict[str, Any], usage: Usage) -> None:

@@ -5,6 +5,7 @@ any other way, the group is done again with each piece under a savepoint of its 
 one undoes nothing of the others.
 """
 
+import json
 import sqlite3
 from collections.abc import Callable, Sequence
 from typing import Any, Final, Generic, Protocol, TypeVar
@@ -204,4 +205,5 @@ def permission_of(row: Sequence[Any]) -> Permission:
     """Return the question in a row of `permission_columns`."""
     fields = list(row)
     fields[9] = None if fields[9] is None else bool(fields[9])
+    fields[12] = None if fields[12] is None else json.loads(fields[12])
     return Permission(*fields)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from ownware_gateway import sse
+from ownware_gateway.events import ASKING
 from ownware_gateway.log import CHUNK_BYTES_MAX, Chunk, Record, Stream
 
 #: What the tail of one stream holds at most, before its older half is let go.
@@ -28,7 +29,7 @@ REST_S: Final = 1.0
 CHUNKS_MAX: Final = 16
 
 #: After one of these a stream may be silent for long.
-_RESTS: Final = frozenset({"session.end", "permission.request"})
+_RESTS: Final = ASKING | {"session.end"}
 
 #: What a run's last event can be: what was removed may have held its end.
 _MAY_END_A_RUN: Final = frozenset({"session.end", "stream.gap"})

@@ -4,7 +4,8 @@ It follows simple patterns, and says so. These are what it understands in the la
 
 - `list files [in FOLDER]`, `ls`; `read NAME`; `find NAME`; `search TEXT [in PATH]`;
   `write NAME: TEXT`, `create a file NAME with TEXT`; `replace OLD with NEW in NAME`;
-  `run: COMMAND`, ``run `COMMAND` ``, `$ COMMAND`: it calls that tool, then quotes the result.
+  `run: COMMAND`, ``run `COMMAND` ``, `$ COMMAND`; `ask me: QUESTION [OPTION, OPTION]`: it calls
+  that tool, then quotes the result.
 - ` and also ` between them: parallel calls. `; then ` between them: one turn after the other.
 - `count to N`, `slowly count to N`: as many deltas. `think about X`: reasoning first.
 - `my name is X`, later `what is my name?`; `what did I say?`: it answers from the conversation.
@@ -16,7 +17,7 @@ import json
 import re
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 from ownware_gateway.events import StopReason, Usage
 from ownware_gateway.models import (
@@ -72,6 +73,7 @@ _CALLS: Final = tuple(
         (r"run: ?(?P<command>.+)", "shell_execute"),
         (r"run `(?P<command>[^`]+)`[.!]?", "shell_execute"),
         (r"\$ (?P<command>.+)", "shell_execute"),
+        (r"ask me: ?(?P<question>.+?)(?: \[(?P<options>[^][]+)\])?", "ask_user"),
     )
 )
 _COUNT: Final = re.compile(r"(?:please )?(?P<slow>slowly )?count to (?P<n>\d{1,9})[.!]?", _FLAGS)
@@ -88,7 +90,7 @@ class _Wanted:
     """A tool call that the prompt asks for."""
 
     tool: str
-    arguments: dict[str, str]
+    arguments: dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,13 +175,16 @@ def _wanted(text: str) -> _Wanted | None:
     text = re.sub(r"(?i)^please ", "", text.strip())
     for pattern, tool in _CALLS:
         if found := pattern.fullmatch(text):
-            arguments = {name: value for name, value in found.groupdict().items() if value}
+            given = found.groupdict().items()
+            arguments: dict[str, Any] = {name: value for name, value in given if value}
             if tool == "glob" and "/" not in arguments["pattern"]:
                 arguments["pattern"] = f"**/{arguments['pattern']}"
             if tool == "write_file":
                 arguments.setdefault("content", "")
             if tool == "edit_file":
                 arguments.setdefault("new_text", "")
+            if "options" in arguments:
+                arguments["options"] = re.split(r"\s*,\s*", arguments["options"].strip())
             return _Wanted(tool, arguments)
     return None
 

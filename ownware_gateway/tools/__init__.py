@@ -57,7 +57,9 @@ class Tool:
     and yet an `always` covers only the very same call. `reads` says what its output may show of the
     paths in its arguments: a file, all files of a folder, or no content. `origin` is set for a tool
     of another program: it tells which, as part of what a person decides about; the schema is then
-    not ours, and that program checks the arguments.
+    not ours, and that program checks the arguments. `asks` tools do not run: a call is a question
+    to a person, `question` with perhaps `options` and `multiple` of its arguments, and the answer
+    is its result.
     """
 
     name: str
@@ -70,6 +72,7 @@ class Tool:
     reads: Literal["nothing", "file", "folder"] = "file"
     subject: Callable[[dict[str, Any]], str] | None = field(default=None, repr=False)
     exact: bool = False
+    asks: bool = False
     origin: str = ""
 
     @property

@@ -204,6 +204,7 @@ async def test_a_waiting_run_shows_what_it_waits_for(site: Site) -> None:
     assert (shown["terminal"], shown["terminalAt"], shown["endSeq"]) == (False, None, None)
     (asked,) = shown["pendingPermissions"]
     assert set(asked) == {
+        "kind",
         "requestId",
         "runId",
         "threadId",

@@ -9,6 +9,8 @@ from ownware_gateway.events import (
     Event,
     PermissionRequest,
     PermissionResponse,
+    QuestionRequest,
+    QuestionResponse,
     RunCancel,
     SessionEnd,
     SessionStart,
@@ -65,6 +67,33 @@ def question(request_id: str, expires_at: int = 2_000_000) -> PermissionRequest:
         reason="it changes things",
         operation_hash="hash",
         expires_at=expires_at,
+        turn_index=3,
+    )
+
+
+def words(
+    request_id: str, text: str = "Which one?", expires_at: int = 2_000_000
+) -> QuestionRequest:
+    """A question that wants an answer in words."""
+    return QuestionRequest(
+        request_id=request_id,
+        tool_call_id="call",
+        tool_name="ask_user",
+        question=text,
+        options=["red", "green"],
+        multiple=True,
+        operation_hash="hash",
+        expires_at=expires_at,
+        turn_index=3,
+    )
+
+
+def answer(request_id: str, text: str | None, *, late: bool = False) -> QuestionResponse:
+    return QuestionResponse(
+        request_id=request_id,
+        answer=text,
+        decided_by="timeout" if late else "user",
+        reason="",
         turn_index=3,
     )
 

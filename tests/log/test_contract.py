@@ -38,6 +38,7 @@ from tests.log import (
     PATIENCE_S,
     STREAM,
     Clock,
+    answer,
     cancel,
     decides,
     delta,
@@ -51,6 +52,7 @@ from tests.log import (
     starts,
     turn_end,
     whole_run,
+    words,
 )
 
 
@@ -242,6 +244,27 @@ async def test_a_question_is_decided_once(log: Log) -> None:
         assert isinstance(result.winner, Permission)
         assert (result.winner.granted, result.winner.decided_by) == (False, "user")
     assert await refused(log, decides("unknown")) is None
+
+
+async def test_a_question_in_words_is_answered_once(log: Log) -> None:
+    log.append(starts("run_1"))
+    await log.append(drives("run_1", session_start("run_1"), words("req_1"))).wait()
+
+    answers = [
+        log.append(Append(STREAM, Decides("req_1"), [answer("req_1", text)]))
+        for text in (None, "red", "green")
+    ]
+    results = await asyncio.gather(*[item.wait() for item in answers], return_exceptions=True)
+
+    assert results[0] == 4
+    for result in results[1:]:
+        assert isinstance(result, Refused)
+        assert isinstance(result.winner, Permission)
+        assert (result.winner.granted, result.winner.kind) == (False, "question")
+    assert [item.type for item in await log.read(Stream(INBOX), 0)] == [
+        "question.request",
+        "question.response",
+    ]
 
 
 async def test_a_question_is_answered_before_it_expires_and_closed_after(
@@ -446,6 +469,35 @@ async def test_a_question_is_a_row_until_it_is_answered(log: Log) -> None:
     )
     assert [item.request_id for item in await log.pending()] == ["req_2"]
     assert await log.permission("unknown") is None
+
+
+async def test_the_row_of_a_question_in_words_holds_them_until_it_is_answered(log: Log) -> None:
+    log.append(starts("run_1"))
+    text = "Half \ud800 of it? \U0001f600"
+    await log.append(drives("run_1", session_start("run_1"), words("req_1", text))).wait()
+
+    (asked,) = await log.pending()
+    assert asked.kind == "question"
+    assert asked.question == {"question": text, "options": ["red", "green"], "multiple": True}
+    run = await log.run("run_1")
+    assert run is not None
+    assert run.status == "waiting"
+    await log.append(Append(STREAM, Decides("req_1"), [answer("req_1", "red")])).wait()
+    assert await log.permission("req_1") == asked._replace(
+        granted=True, decided_by="user", decided_at=1_000_000, question={}
+    )
+    run = await log.run("run_1")
+    assert run is not None
+    assert run.status == "running"
+
+
+async def test_a_run_asks_one_thing_at_a_time_of_whatever_kind(log: Log) -> None:
+    log.append(starts("run_1"))
+    await log.append(drives("run_1", session_start("run_1"), words("req_1"))).wait()
+    for second in (words("req_2"), question("req_2")):
+        with pytest.raises(sqlite3.IntegrityError):
+            await log.append(drives("run_1", second)).wait()
+    assert [item.request_id for item in await log.pending()] == ["req_1"]
 
 
 async def test_a_thread_is_made_by_its_first_run_and_says_what_is_under_way(

@@ -28,7 +28,6 @@ from ownware_gateway.log import (
     Starts,
     Stream,
     ThreadQuery,
-    writer,
 )
 from ownware_gateway.log.appends import KEYS_KEPT_MS
 from ownware_gateway.log.sqlite import SqliteLog
@@ -340,18 +339,35 @@ async def test_no_statement_that_serves_a_request_goes_over_a_table(
 # -- logs that were made before
 
 
-async def test_a_log_of_version_1_becomes_a_newer_one_with_all_that_is_in_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def turn_back(newest: Path, version: int) -> Path:
+    """Return a file of an older version with the same rows, as far as it has their columns."""
+    older = newest.with_name("older.db")
+    with contextlib.closing(sqlite3.connect(older)) as database:
+        database.executescript(f"ATTACH '{newest}' AS newest; PRAGMA user_version={version};")
+        for _, script in schema_versions()[:version]:
+            database.executescript(script)
+        tables = database.execute("SELECT name FROM main.sqlite_schema WHERE type = 'table'")
+        for (table,) in tables.fetchall():
+            rows = database.execute("SELECT name FROM pragma_table_info(?, 'main')", (table,))
+            columns = ", ".join(f'"{name}"' for (name,) in rows)
+            database.execute(
+                f"INSERT INTO {table} ({columns}) SELECT {columns} FROM newest.{table}"
+            )
+        database.commit()
+    return older
+
+
+@pytest.mark.parametrize("version", range(1, schema_versions()[-1][0]))
+async def test_a_log_of_an_older_version_becomes_a_newer_one_with_all_that_is_in_it(
+    tmp_path: Path, version: int
 ) -> None:
-    file = tmp_path / "gateway.db"
-    with monkeypatch.context() as patch:
-        patch.setattr(writer, "schema_versions", lambda: schema_versions()[:1])
-        log = await SqliteLog.open(file, Clock())
-        await whole_run(log, "run_1", delta(), question("asked"))
-        log.append(starts("run_2"))
-        await log.append(drives("run_2", session_start("run_2"), question("open"))).wait()
-        before = await read_chunks(log), await log.runs(RunQuery()), await log.pending()
-        await log.close()
+    log = await SqliteLog.open(tmp_path / "gateway.db", Clock())
+    await whole_run(log, "run_1", delta(), question("asked"))
+    log.append(starts("run_2"))
+    await log.append(drives("run_2", session_start("run_2"), question("open"))).wait()
+    before = await read_chunks(log), await log.runs(RunQuery()), await log.pending()
+    await log.close()
+    file = turn_back(tmp_path / "gateway.db", version)
 
     log = await SqliteLog.open(file, Clock())
     assert (await read_chunks(log), await log.runs(RunQuery()), await log.pending()) == before

@@ -31,6 +31,7 @@ from tests.log import (
     starts,
     until,
     whole_run,
+    words,
 )
 
 
@@ -126,7 +127,7 @@ def test_a_stream_that_is_written_to_outlives_those_that_are_not() -> None:
     assert tails.get(Stream("t1")) is None
 
 
-@pytest.mark.parametrize("last", [session_end("run_1"), question("req_1")])
+@pytest.mark.parametrize("last", [session_end("run_1"), question("req_1"), words("q")])
 def test_a_stream_at_rest_lets_its_events_go_and_its_tail_when_nobody_waits(last: Event) -> None:
     tails = Tails()
     tails.add(STREAM, "e", records(1, 3))

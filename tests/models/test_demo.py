@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 
@@ -31,6 +32,7 @@ TOOLS = [
         "write_file",
         "edit_file",
         "shell_execute",
+        "ask_user",
     )
 ]
 
@@ -104,9 +106,18 @@ async def test_the_same_prompt_has_the_same_answer() -> None:
         ("run: echo 'a; b'", "shell_execute", {"command": "echo 'a; b'"}),
         ("run `make test`", "shell_execute", {"command": "make test"}),
         ("$ git status", "shell_execute", {"command": "git status"}),
+        ("ask me: Which one?", "ask_user", {"question": "Which one?"}),
+        (
+            "ask me: Which [kind] of colour? [red, dark green ,blue]",
+            "ask_user",
+            {
+                "question": "Which [kind] of colour?",
+                "options": ["red", "dark green", "blue"],
+            },
+        ),
     ],
 )
-async def test_a_command_calls_its_tool(prompt: str, tool: str, arguments: dict[str, str]) -> None:
+async def test_a_command_calls_its_tool(prompt: str, tool: str, arguments: dict[str, Any]) -> None:
     answer = await ask(prompt)
     assert called(answer) == [(tool, arguments)]
     assert answer.stop_reason == "tool_use"

@@ -22,9 +22,14 @@ from hypothesis.stateful import (
 
 from ownware_gateway import sse
 from ownware_gateway.events import (
+    ANSWERING,
+    ASKING,
     DELTAS,
+    Answers,
+    DecidedBy,
     Event,
     PermissionResponse,
+    QuestionResponse,
     TextComplete,
     TurnStart,
 )
@@ -55,15 +60,18 @@ from tests.log import (
     message,
     question,
     read_chunks,
-    reply,
     session_end,
     session_start,
+    words,
 )
 
 T = TypeVar("T")
 
 #: How long a question of this test may wait, and how far the clock moves at a time.
 EXPIRY_MS: Final = 50
+
+#: How the names of questions begin that want an answer in words.
+IN_WORDS: Final = "ask"
 
 THREADS: Final = ("t0", "t1", "t2", "t3")
 
@@ -75,6 +83,18 @@ picks = st.integers(0, 11)
 
 def choose(items: Sequence[T], pick: int) -> T:
     return items[pick % len(items)]
+
+
+def response(request_id: str, *, granted: bool, by: DecidedBy) -> Answers:
+    """The answer to what was asked, of its kind."""
+    if request_id.startswith(IN_WORDS):
+        text = "words" if granted else None
+        return QuestionResponse(
+            request_id=request_id, answer=text, decided_by=by, reason="", turn_index=0
+        )
+    return PermissionResponse(
+        request_id=request_id, granted=granted, decided_by=by, reason="", turn_index=0
+    )
 
 
 @dataclass
@@ -171,7 +191,8 @@ class Truth(RuleBasedStateMachine):
     def drive(self, run: ModelRun, *events: Event) -> None:
         assert self.append(run.thread_id, Drives(run.id, run.generation), events) is None
         self.threads[run.thread_id].store(events)
-        self.inbox += [run.thread_id for event in events if event.type.startswith("permission.")]
+        told = ASKING | ANSWERING
+        self.inbox += [run.thread_id for event in events if event.type in told]
 
     def runs_like(self, *, asked: bool = False, askable: bool = False) -> list[ModelRun]:
         return [
@@ -237,14 +258,7 @@ class Truth(RuleBasedStateMachine):
         thread_id = run.thread_id
         events: list[Event] = []
         if run.asked is not None:
-            answer = PermissionResponse(
-                request_id=run.asked[0],
-                granted=False,
-                decided_by="cancel",
-                reason="",
-                turn_index=0,
-            )
-            events.append(answer)
+            events.append(response(run.asked[0], granted=False, by="cancel"))
         if whole:
             events.append(TextComplete(text="all", turn_index=0))
         status = "cancelled" if run.cancelled else "succeeded"
@@ -264,8 +278,11 @@ class Truth(RuleBasedStateMachine):
     def ask(self, pick: int) -> None:
         run = choose(self.runs_like(askable=True), pick)
         thread_id = run.thread_id
-        request_id = self.name("perm")
-        asked = question(request_id, expires_at=self.clock.now_ms + EXPIRY_MS)
+        in_words = pick % 2 == 1
+        request_id = self.name(IN_WORDS if in_words else "perm")
+        asked = (words if in_words else question)(
+            request_id, expires_at=self.clock.now_ms + EXPIRY_MS
+        )
         if run.asked is not None:
             with pytest.raises(sqlite3.IntegrityError):
                 self.append(thread_id, Drives(run.id, run.generation), [asked])
@@ -291,7 +308,8 @@ class Truth(RuleBasedStateMachine):
         thread_id = run.thread_id
         assert run.asked is not None
         request_id, expires_at = run.asked
-        answer = reply(request_id, granted=granted and not late, late=late)
+        by: DecidedBy = "timeout" if late else "user"
+        answer = response(request_id, granted=granted and not late, by=by)
         winner = self.append(thread_id, Decides(request_id, late), [answer])
         expired = expires_at <= self.clock.now_ms
         if run.cancelled or expired is not late:

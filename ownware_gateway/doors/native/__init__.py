@@ -30,6 +30,7 @@ from ownware_gateway.doors.native.bodies import (
     RunBody,
     ThreadBody,
     TitleBody,
+    answer_of,
     files_of,
     flag,
     idempotency_key,
@@ -403,15 +404,15 @@ class Native(ServerHandlers):
         if await self._log.tombstone(thread_id) is not None:
             raise deleted(thread_id)
         body = await read_body(request, ResumeBody)
-        if body.action == "answer":
-            raise GatewayError(
-                "invalid_request",
-                "The question is whether a tool may run; answer approve, deny or always.",
-            )
         if self._parts.require_request_id and body.request_id is None:
             raise GatewayError("invalid_request", "The field 'requestId' is required here.")
         granted = body.action != "deny"
-        decision = Decision(granted, always=body.action == "always")
+        decision = Decision(
+            granted,
+            always=body.action == "always",
+            operation_hash=body.operation_hash,
+            answer=answer_of(body),
+        )
         asked = await self._engine.approvals.decide(thread_id, body.request_id, decision)
         pending = await self._log.pending(run_id=asked.run_id)
         return answer(

@@ -111,8 +111,10 @@ def run_shape(run: Run, pending: list[Permission]) -> dict[str, Any]:
 
 
 def permission_shape(asked: Permission) -> dict[str, Any]:
-    """Return a question to a person."""
-    return {to_camel(name): value for name, value in asked._asdict().items()}
+    """Return what is asked of a person, of either kind; one that waits has what it asks."""
+    row = asked._asdict()
+    words = row.pop("question") or {}
+    return {"kind": asked.kind, **{to_camel(name): value for name, value in row.items()}, **words}
 
 
 def thread_shape(thread: Thread) -> dict[str, Any]:

@@ -26,6 +26,9 @@ ATTACHMENT_BYTES_MAX: Final = 4 * 1_048_576
 PAGE_MAX: Final = 500
 KEY_CHARS_MAX: Final = 255
 
+#: The longest answer of a person to a question, in UTF-8.
+ANSWER_BYTES_MAX: Final = 16_384
+
 _ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}", re.ASCII)
 _JSON_TYPE: Final = re.compile(r"application/(?:[\w.-]+\+)?json", re.ASCII)
 
@@ -67,7 +70,8 @@ class ResumeBody(Body):
 
     action: Literal["approve", "deny", "always", "answer"]
     request_id: str | None = Field(default=None, pattern=f"^{_ID.pattern}$")
-    answer: str | None = Field(default=None, max_length=PROMPT_CHARS_MAX)
+    operation_hash: str | None = Field(default=None, min_length=1, max_length=128)
+    answer: str | None = None
 
 
 class DecisionBody(Body):
@@ -176,6 +180,22 @@ def files_of(body: RunBody) -> list[File]:
             )
         files.append(File(item.filename, item.mime_type, data))
     return files
+
+
+def answer_of(body: ResumeBody) -> str | None:
+    """Return a person's words where the action is to answer; raises GatewayError for none."""
+    if body.action != "answer":
+        return None
+    if body.answer is None or not body.answer.strip():
+        raise GatewayError(
+            "invalid_request",
+            "The action answer needs words in the field 'answer'; deny declines a question.",
+        )
+    if len(body.answer.encode("utf-8", "surrogatepass")) > ANSWER_BYTES_MAX:
+        raise GatewayError(
+            "invalid_request", f"The field 'answer' may have at most {ANSWER_BYTES_MAX} bytes."
+        )
+    return body.answer
 
 
 def path_id(request: web.Request, name: str) -> str:

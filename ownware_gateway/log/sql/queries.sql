@@ -111,12 +111,14 @@ WHERE key = (SELECT thread_key FROM runs WHERE id = :run_id);
 
 -- ask --
 INSERT INTO permissions (request_id, run_key, tool_name, operation_hash, turn_index, requested_at,
-                         expires_at)
-SELECT :request_id, key, :tool_name, :operation_hash, :turn_index, :now, :expires_at
+                         expires_at, question)
+SELECT :request_id, key, :tool_name, :operation_hash, :turn_index, :now, :expires_at, :question
 FROM runs WHERE id = :run_id;
 
 -- decide --
-UPDATE permissions SET granted = :granted, decided_by = :decided_by, decided_at = :now
+-- What was asked stands in its event from then on, which is removed with the run's others.
+UPDATE permissions SET granted = :granted, decided_by = :decided_by, decided_at = :now,
+                       question = CASE WHEN question IS NOT NULL THEN '{}' END
 WHERE request_id = :request_id AND granted IS NULL;
 
 -- records --
@@ -166,7 +168,7 @@ FROM threads;
 SELECT permissions.request_id, runs.id, threads.id, runs.agent_id, permissions.tool_name,
        permissions.operation_hash, permissions.turn_index, permissions.requested_at,
        permissions.expires_at,
-       permissions.granted, permissions.decided_by, permissions.decided_at
+       permissions.granted, permissions.decided_by, permissions.decided_at, permissions.question
 FROM permissions
 JOIN runs ON runs.key = permissions.run_key
 JOIN threads ON threads.key = runs.thread_key;
