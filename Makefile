@@ -19,7 +19,7 @@ COMPILE := $(UV) pip compile pyproject.toml --quiet --no-config --upgrade \
 	--no-header --no-annotate --no-emit-index-url --no-emit-find-links
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test check format live browser soak mcp bench lock clean
+.PHONY: help serve test check format live browser soak mcp services bench lock clean
 
 help: ## Say what there is to make.
 	@sed -n 's/^\([a-z ]*\):.*## /  make \1\t/p' Makefile | expand -t 30
@@ -40,7 +40,7 @@ format: $(VENV)/test.stamp ## Format, and repair what can be repaired.
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
 
-live browser soak mcp: $(VENV)/test.stamp ## Run the tests that are left out otherwise.
+live browser soak mcp services: $(VENV)/test.stamp ## Run the tests that are left out otherwise.
 	@$(BIN)/python -m pytest -m $@ $(ARGS)
 
 bench: $(VENV)/test.stamp ## Measure how fast it is, beside what the machine can do.

@@ -35,6 +35,8 @@ from ownware_gateway.models.catalogue import DEMO_ID as DEMO_ID, KnownModels
 from ownware_gateway.processes import Watchdog
 from ownware_gateway.profile.folder import Profiles
 from ownware_gateway.profile.names import Known
+from ownware_gateway.services.config import FILE_NAME as SERVICES_FILE_NAME, ServiceFiles
+from ownware_gateway.services.registry import Registry
 from ownware_gateway.settings import Settings, child_environment, own_variable
 from ownware_gateway.stream import Streamer
 from ownware_gateway.tools import Tool, ask, files, search, shell, todo, web as web_tools
@@ -119,8 +121,10 @@ async def gateway(settings: Settings) -> AsyncIterator[Gateway]:
         masker = Masker({*settings.secrets, token})
         servers = _servers(settings, data_dir, workspace, masker, clock_ms)
         stack.push_async_callback(servers.close)
+        services = _services(settings, data_dir, masker, servers)
+        stack.push_async_callback(services.close)
         known = tools(settings)
-        profiles = Profiles(Path(settings.profiles), _known(known, servers))
+        profiles = Profiles(Path(settings.profiles), _known(known, servers, services))
         catalogue = KnownModels(settings)
         stack.push_async_callback(catalogue.close)
         log = await SqliteLog.open(data_dir.database, clock_ms)
@@ -134,7 +138,7 @@ async def gateway(settings: Settings) -> AsyncIterator[Gateway]:
                 for name, tool in known.items()
                 if name != "web_search" or settings.search_provider
             },
-            sources=(servers,),
+            sources=(servers, services),
             masker=masker,
             workspace=workspace,
             data_dir=data_dir.path,
@@ -154,6 +158,7 @@ async def gateway(settings: Settings) -> AsyncIterator[Gateway]:
                 catalogue=catalogue,
                 profiles=profiles,
                 servers=servers,
+                services=services,
                 uptime_s=lambda: time.monotonic() - began_s,
                 new_id=new_id,
                 require_request_id=settings.require_request_id,
@@ -229,11 +234,21 @@ def _servers(
     return Supervisor(ServerFiles(data_dir.path / FILE_NAME, named), given)
 
 
-def _known(tools: Mapping[str, Tool], servers: Supervisor) -> Known:
+def _services(
+    settings: Settings, data_dir: DataDir, masker: Masker, servers: Supervisor
+) -> Registry:
+    """Return what keeps the services; raises BootError when a file of them is wrong."""
+    named = Path(settings.services_config).expanduser() if settings.services_config else None
+    files = ServiceFiles(data_dir.path / SERVICES_FILE_NAME, named)
+    return Registry(files, own_variable, masker, servers.names)
+
+
+def _known(tools: Mapping[str, Tool], servers: Supervisor, services: Registry) -> Known:
     """Return what a profile may name."""
     arguments = {name: tool.input_schema.get("properties", {}) for name, tool in tools.items()}
     sdk = importlib.util.find_spec("mcp")
-    return Known(arguments, servers.names, None if sdk is not None else SDK_MISSING)
+    missing = None if sdk is not None else SDK_MISSING
+    return Known(arguments, servers.names, missing, services.names)
 
 
 async def _name_server(_request: web.Request, response: web.StreamResponse) -> None:

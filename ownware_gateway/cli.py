@@ -109,6 +109,7 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--port", type=int, help="port to listen on (3011); 0 takes a free one")
     _add_folders(serve, "profiles", "data_dir", "workspace")
     serve.add_argument("--mcp-config", metavar="FILE", help="another file of MCP servers")
+    serve.add_argument("--services-config", metavar="FILE", help="another file of services")
     serve.add_argument("--log-level", choices=LOG_LEVELS, help="what the log on stderr says (info)")
     for flag, doc in (
         ("--require-auth", "ask for the token on loopback too"),

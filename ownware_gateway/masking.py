@@ -58,13 +58,25 @@ class Masker:
         self._known: re.Pattern[str] | None = None
         self.hide(known)
 
-    def hide(self, values: Iterable[str]) -> None:
-        """Replace these values too from now on; those that are short would mask ordinary words."""
+    def hide(self, values: Iterable[str]) -> set[str]:
+        """Replace these values too from now on; those that are short would mask ordinary words.
+
+        Returns those that were not replaced before, for `forget`.
+        """
         new = {value for value in values if len(value) >= KNOWN_LENGTH_MIN} - self._values
         if new:
             self._values |= new
-            ordered = sorted(self._values, key=len, reverse=True)
-            self._known = re.compile("|".join(map(re.escape, ordered)))
+            self._compile()
+        return new
+
+    def forget(self, values: Iterable[str]) -> None:
+        """Replace these values no more: they have been of use for nothing for long."""
+        self._values -= set(values)
+        self._compile()
+
+    def _compile(self) -> None:
+        ordered = sorted(self._values, key=len, reverse=True)
+        self._known = re.compile("|".join(map(re.escape, ordered))) if ordered else None
 
     def knows(self, text: str) -> bool:
         """Return whether one of the known values stands in the text."""

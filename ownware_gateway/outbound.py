@@ -27,6 +27,7 @@ from ipaddress import (
 from typing import Final, Self
 
 import aiohttp
+from aiohttp import ClientHandlerType
 from aiohttp.abc import AbstractResolver, ResolveResult
 from aiohttp.typedefs import StrOrURL
 from yarl import URL
@@ -83,6 +84,7 @@ _NAT64: Final = IPv6Network("64:ff9b::/96")
 
 #: Control characters and spaces split a request line; parsers differ about a backslash.
 _NOT_IN_URL: Final = re.compile(r"[\x00-\x20\x7f-\xa0\\]")
+_NOT_IN_TARGET: Final = re.compile(r"[^!-~]|[#\\]")
 _NAME: Final = re.compile(r"(?:[a-z0-9_-]{1,63}\.){0,126}[a-z0-9_-]{1,63}\.?")
 
 #: A name whose last label is a number is an IPv4 address in one of its old spellings
@@ -115,13 +117,14 @@ class Policy:
     """Where requests may go: to public addresses, on `ports`, and to what is named here.
 
     `networks` may be reached although they are private, on `ports`. `hosts` are names or addresses
-    with a port that may be reached wherever their name leads.
+    with a port that may be reached wherever their name leads, `never` excepted.
     """
 
     schemes: frozenset[str] = frozenset({"http", "https"})
     ports: frozenset[int] = WEB_PORTS
     networks: tuple[Network, ...] = ()
     hosts: frozenset[tuple[str, int]] = frozenset()
+    never: tuple[Network, ...] = ()
 
     @classmethod
     def naming(cls, entries: Iterable[str]) -> Self:
@@ -166,11 +169,13 @@ class Policy:
 
     def permits(self, host: str, port: int, address: Address) -> bool:
         """Whether the host may be reached at this address and port."""
+        plain = _plain(address)
+        if any(item in network for item in (address, plain) for network in self.never):
+            return False
         if (_bare(host), port) in self.hosts:
             return True
         if port not in self.ports:
             return False
-        plain = _plain(address)
         return is_public(address) or any(plain in network for network in self.networks)
 
 
@@ -194,13 +199,17 @@ class Limits:
 class Request:
     """What is asked. Only GET and HEAD follow redirects.
 
-    `headers` go to the origin of `url` alone, and to nowhere that it redirects to.
+    `headers` go to the origin of `url` alone, and to nowhere that it redirects to. A `target` is
+    the path and query in place of the URL's, sent as it is: no `..` in it is resolved and no escape
+    is undone. A request of `once` is not repeated when its connection breaks, whatever its method.
     """
 
     url: str
     method: str = "GET"
     headers: Mapping[str, str] = field(default_factory=dict, repr=False)
     body: bytes | None = field(default=None, repr=False)
+    target: str | None = field(default=None, repr=False)
+    once: bool = False
 
 
 class Outbound:
@@ -270,7 +279,7 @@ class Outbound:
         Raises Refused, or NotReached for what went wrong on the way or while the body was read.
         """
         _check_headers(request.headers)
-        url = self._policy.check(request.url)
+        url = _aimed(self._policy.check(request.url), request.target)
         try:
             async with asyncio.timeout(self._limits.total_s):
                 response = await self._follow(request, url)
@@ -332,9 +341,24 @@ class Outbound:
                 headers=headers | (dict(request.headers) if with_headers else {}),
                 data=request.body,
                 allow_redirects=False,
+                middlewares=(_once,) if request.once else None,
             )
         except (aiohttp.ClientError, OSError, ValueError) as error:
             raise _not_reached(url, error, self._limits) from error
+
+
+class _Broken(aiohttp.ClientError):
+    """A connection broke that a request had gone out on; aiohttp repeats nothing after this."""
+
+
+async def _once(request: aiohttp.ClientRequest, send: ClientHandlerType) -> aiohttp.ClientResponse:
+    """Send a request once: aiohttp would repeat a PUT or DELETE that may have had its effect."""
+    try:
+        return await send(request)
+    except aiohttp.ClientConnectorError:
+        raise  # There was no connection yet.
+    except (aiohttp.ClientOSError, aiohttp.ServerDisconnectedError) as error:
+        raise _Broken from error
 
 
 class _Guard(AbstractResolver):
@@ -440,6 +464,20 @@ def _parsed(text: str) -> URL:
     return url.with_fragment(None)
 
 
+def _aimed(url: URL, target: str | None) -> URL:
+    """Return the URL with another path and query, exactly as they are written. Raises Refused."""
+    if target is None:
+        return url
+    if len(target) > URL_CHARS_MAX:
+        raise Refused(f"The path and query are longer than {URL_CHARS_MAX} characters.")
+    if _NOT_IN_TARGET.search(target) or not target.startswith("/"):
+        raise Refused("The path or query holds a character that must be written as an escape.")
+    path, _, query = target.partition("?")
+    return URL.build(
+        scheme=url.scheme, authority=url.raw_authority, path=path, query_string=query, encoded=True
+    )
+
+
 def _host(url: URL) -> str:
     """Return the host of a URL, spelled in the one way that it has. Raises Refused."""
     host = url.raw_host or ""
@@ -494,6 +532,8 @@ def _not_reached(url: StrOrURL, error: Exception, limits: Limits) -> NotReached:
             said = f"{host} sent nothing for {limits.silence_s:g} s."
         case TimeoutError() if limits.total_s is not None:
             said = f"{host} took longer than {limits.total_s:g} s."
+        case _Broken():
+            said = f"{host} broke off the connection."
         case _:
             said = f"{host} did not answer as HTTP should ({type(error).__name__})."
     return NotReached(said)

@@ -36,7 +36,8 @@ class Verdict:
 def allowed_tools(profile: Profile, tools: dict[str, Tool]) -> dict[str, Tool]:
     """Return the tools that a profile's agent has: its preset, plus `allow`, minus `deny`.
 
-    The tools of the MCP servers that a profile declares itself are its own under any preset.
+    The tools of the MCP servers and services that a profile declares itself are its own under any
+    preset.
     """
     preset = _PRESETS.get(profile.tools.preset)
     return {
@@ -46,7 +47,7 @@ def allowed_tools(profile: Profile, tools: dict[str, Tool]) -> dict[str, Tool]:
             preset is None
             or name in preset
             or profile.tools.allows(name)
-            or name.partition(SEPARATOR)[0] in profile.tools.mcp
+            or profile.tools.declares(name.partition(SEPARATOR)[0])
         )
         and not profile.tools.denies(name)
     }

@@ -88,6 +88,9 @@ class Settings:
     mcp_add: bool = _setting(
         False, "Let callers add MCP servers, which are programs of their choice."
     )
+    services_config: str = _setting(
+        "", "Another file of services, beside services.json in the data folder."
+    )
     tool_env: tuple[str, ...] = _setting(
         (), "Names of variables that tools' child processes get too."
     )

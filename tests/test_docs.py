@@ -29,6 +29,7 @@ from ownware_gateway.permissions import allowed_tools
 from ownware_gateway.profile import PermissionMode, Preset, Profile
 from ownware_gateway.profile.folder import Profiles
 from ownware_gateway.profile.servers import McpServer
+from ownware_gateway.profile.services import Login, Service
 from ownware_gateway.settings import Settings, variable
 from tests.bench.__main__ import kept, page
 from tests.gateway import (
@@ -301,6 +302,19 @@ def test_the_page_of_mcp_servers_lists_every_field_with_its_default() -> None:
     rows = table(section(read("docs/mcp.md"), "Fields of a server"))
     described = {ticked(name)[0]: json.loads(ticked(default)[0]) for name, default, _ in rows}
     assert described == dict(profile_fields(McpServer))
+
+
+def test_the_page_of_services_lists_every_field_with_its_default() -> None:
+    rows = table(section(read("docs/services.md"), "Fields of a service"))
+    described = {
+        ticked(name)[0]: json.loads(ticked(default)[0]) if default else None
+        for name, default, _ in rows
+    }
+    assert described == dict(profile_fields(Service))
+    rows = table(section(read("docs/services.md"), "Logging in"))
+    assert {ticked(row[0])[0] for row in rows} == {
+        item.alias or name for name, item in Login.model_fields.items()
+    }
 
 
 def test_the_profiles_page_lists_every_tool_with_its_arguments_and_presets() -> None:

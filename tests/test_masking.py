@@ -192,3 +192,14 @@ def test_masking_twice_changes_nothing_more_and_no_secret_is_left(value: Any) ->
     masked = masker.value(value)
     assert masker.value(masked) == masked
     assert not any(secret in json.dumps(masked) for secret in SECRETS)
+
+
+def test_a_value_that_is_forgotten_is_not_replaced_any_more() -> None:
+    masker = Masker(["always-hidden"])
+    new = masker.hide(["always-hidden", "hidden-for-now", "short"])
+    assert new == {"hidden-for-now"}
+    assert masker.text("always-hidden hidden-for-now") == f"{MASK} {MASK}"
+    masker.forget(new)
+    assert masker.text("always-hidden hidden-for-now") == f"{MASK} hidden-for-now"
+    masker.forget(["always-hidden"])
+    assert masker.text("always-hidden") == "always-hidden"

@@ -594,3 +594,53 @@ async def test_a_reader_that_is_cancelled_hangs_up(public: Site) -> None:
         await reading
     async with asyncio.timeout(10):
         await page.left.wait()
+
+
+# -- requests that are built by others
+
+
+async def test_a_target_is_sent_as_it_is_written() -> None:
+    async with Site() as site, Outbound(Policy.naming([f"127.0.0.1:{site.port}"])) as outbound:
+        target = "/a%2e%2e/%2E%2E/b%3Bc%2Fd?x=%2B&y=%5B"
+        async with outbound.open(Request(f"{site.url}/other?q=1", target=target)):
+            pass
+        assert site.visits[0].line == f"GET {target} HTTP/1.1"
+        for wrong in (
+            "//evil.example/ x",
+            "a",
+            "/a\r\nX: y",
+            "/é",
+            "/a#b",
+            "/a\\b",
+            "/" + "a" * 5000,
+        ):
+            with pytest.raises(Refused):
+                async with outbound.open(Request(site.url, target=wrong)):
+                    pass
+    assert len(site.visits) == 1
+
+
+@pytest.mark.parametrize("method", ["GET", "PUT", "DELETE", "POST"])
+async def test_a_request_of_once_is_not_sent_again_when_its_connection_breaks(method: str) -> None:
+    async def leave(writer: asyncio.StreamWriter) -> None:
+        writer.transport.abort()
+
+    async with Site() as site, Outbound(Policy.naming([f"127.0.0.1:{site.port}"])) as outbound:
+        site.pages["/"] = leave
+        with pytest.raises(NotReached, match="broke off the connection"):
+            async with outbound.open(Request(site.url, method, once=True)):
+                pass
+        assert len(site.visits) == 1
+
+
+async def test_what_is_never_reached_is_not_even_where_a_host_is_named() -> None:
+    async with Site() as site:
+        named = frozenset({("shop.example", site.port), ("127.0.0.1", site.port)})
+        never = (ipaddress.ip_network("127.0.0.0/8"),)
+        names = Names(shop_example=[["127.0.0.1"]])
+        async with Outbound(Policy(hosts=named, never=never), resolver=names) as outbound:
+            for host in ("shop.example", "127.0.0.1"):
+                with pytest.raises(Refused, match="not a public address"):
+                    async with outbound.open(Request(f"http://{host}:{site.port}/")):
+                        pass
+        assert site.connections == 0

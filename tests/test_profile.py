@@ -20,7 +20,13 @@ FULL = {
     "maxTokens": 4096,
     "maxTurns": 20,
     "thinking": "low",
-    "tools": {"preset": "coding", "allow": ["shell"], "deny": ["write_file"], "mcp": {}},
+    "tools": {
+        "preset": "coding",
+        "allow": ["shell"],
+        "deny": ["write_file"],
+        "mcp": {},
+        "services": {},
+    },
     "security": {"permissionMode": "allowlist", "hitlTimeoutMs": "2h"},
     "policies": [
         {
@@ -157,7 +163,7 @@ def test_what_is_no_profile_is_left_alone(tmp_path: Path) -> None:
         ),
         (
             {"tools": {"zzz": 1}},
-            "There is no field 'tools.zzz'; known are: preset, allow, deny, mcp.",
+            "There is no field 'tools.zzz'; known are: preset, allow, deny, mcp, services.",
         ),
         (
             {"tools": {"mcp": {"a": {"comand": "x"}}}},

@@ -39,7 +39,7 @@ MACHINE = re.compile(r"(?<![\w.~}\])])/(?:root|work|opt|home/\w+|Users/\w+)/\w|f
 #: What a gateway imports when it is first used; the last line are packages that it may talk to
 #: models or tools with one day, and that are large.
 LAZY = {
-    *("genai_prices", "jsonschema", "limits", "yaml"),
+    *("genai_prices", "jsonschema", "limits", "referencing", "yaml"),
     *("anthropic", "google", "httpx", "mcp", "ollama", "openai", "pydantic_ai", "requests"),
 }
 

@@ -4,28 +4,22 @@ A file has the form that many programs share: `{"mcpServers": {"name": {"command
 fields at its top are other programs'.
 """
 
-import json
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Final
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from ownware_gateway.errors import BootError
 from ownware_gateway.masking import SECRET_NAME
-from ownware_gateway.profile.explain import explain
+from ownware_gateway.profile.gateway import Files, Form
 from ownware_gateway.profile.servers import VARIABLE, McpServer, ServerName
 
 FILE_NAME: Final = "mcp.json"
-FILE_BYTES_MAX: Final = 1_048_576
 
 #: Headers that hold no secret: to hide `application/json` would garble all text, and keep every
 #: tool from being given it.
 _PUBLIC_HEADERS: Final = frozenset({"accept", "accept-language", "content-type", "user-agent"})
-
-_log: Final = logging.getLogger(__name__)
 
 
 class _File(BaseModel):
@@ -35,78 +29,18 @@ class _File(BaseModel):
         dict[ServerName, McpServer], Field(alias="mcpServers", default_factory=dict, max_length=64)
     ]
 
+    @property
+    def named(self) -> Mapping[str, McpServer]:
+        """The servers by name."""
+        return self.servers
 
-class ServerFiles:
-    """The gateway's servers, as the files say now; a name in a later file beats an earlier one.
 
-    A file that becomes wrong leaves what it said before; `problem` says what is wrong with it.
-    """
+class ServerFiles(Files[McpServer]):
+    """The gateway's servers, as the files say now."""
 
     def __init__(self, optional: Path, required: Path | None = None) -> None:
         """Read them; raise BootError when one is wrong, or the required one is not there."""
-        if required is not None and not required.is_file():
-            raise BootError(f"There is no MCP configuration {required}.")
-        self._files = [optional, *([required] if required is not None else [])]
-        self._read: list[bytes] = []
-        self._servers: dict[str, McpServer] = {}
-        self.problem: str | None = None
-        self._load()
-
-    @property
-    def known(self) -> Mapping[str, McpServer]:
-        """The servers by name, as they were read last."""
-        return self._servers
-
-    def servers(self) -> Mapping[str, McpServer]:
-        """Read the files if they have changed, and return the servers by name."""
-        try:
-            self._load()
-        except BootError as error:
-            if str(error) != self.problem:
-                _log.warning("%s What it said before still holds.", error)
-            self.problem = str(error)
-        return self._servers
-
-    def _load(self) -> None:
-        read = [_read(path) for path in self._files]
-        if read == self._read:
-            return
-        found: dict[str, McpServer] = {}
-        for path, text in zip(self._files, read, strict=True):
-            found |= _understand(path, text)
-        self._read, self._servers, self.problem = read, found, None
-
-
-def _read(path: Path) -> bytes:
-    try:
-        with path.open("rb") as opened:
-            return opened.read(FILE_BYTES_MAX + 1)
-    except FileNotFoundError:
-        return b""
-    except OSError as error:
-        raise BootError(
-            f"The MCP configuration {path} cannot be read: {error.strerror}."
-        ) from error
-
-
-def _understand(path: Path, text: bytes) -> Mapping[str, McpServer]:
-    if not text.strip():
-        return {}
-    if len(text) > FILE_BYTES_MAX:
-        raise BootError(f"The MCP configuration {path} is over {FILE_BYTES_MAX} bytes.")
-    try:
-        data = json.loads(text.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        where = f" at line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
-        raise BootError(f"The MCP configuration {path} is not JSON{where}.") from error
-    if not isinstance(data, dict):
-        raise BootError(f'The MCP configuration {path} must hold {{"mcpServers": {{…}}}}.')
-    try:
-        return _File.model_validate(data).servers
-    except ValidationError as error:
-        # `from None`: the cause quotes what was given, secrets included.
-        message = f"The MCP configuration {path}: {explain(error, _File)}"
-        raise BootError(message) from None
+        super().__init__(Form("MCP configuration", "mcpServers", _File), optional, required)
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,19 +3,13 @@
 Pure, and without the SDK: a tool comes in as the JSON of `tools/list`.
 """
 
-import hashlib
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
 from ownware_gateway.mcp import OfferedTool
-from ownware_gateway.profile import SEPARATOR
-
-#: What OpenAI and Anthropic take as the name of a tool, and how long it may be.
-NAME_CHARS_MAX: Final = 64
-_NOT_IN_NAMES: Final = re.compile(r"[^A-Za-z0-9_-]")
+from ownware_gateway.tools.names import NAME_CHARS_MAX, tool_name
 
 #: Tools of one server; more are left out, and the status says so.
 TOOLS_MAX: Final = 128
@@ -24,8 +18,6 @@ DESCRIPTION_CHARS_MAX: Final = 4_096
 
 #: Most sentences about tools that were left out.
 LEFT_OUT_MAX: Final = 20
-
-_DIGEST_CHARS: Final = 8
 
 
 def offers(server: str, listed: Sequence[Mapping[str, Any]]) -> tuple[list[OfferedTool], list[str]]:
@@ -40,7 +32,7 @@ def offers(server: str, listed: Sequence[Mapping[str, Any]]) -> tuple[list[Offer
         tool = _offer(server, item)
         if tool.name in taken:
             # Two names that differ only in what providers don't take.
-            tool = replace(tool, name=_name(server, wire_name, distinct=True))
+            tool = replace(tool, name=tool_name(server, wire_name, distinct=True))
         taken.setdefault(tool.name, tool)
     more = len(left_out) - LEFT_OUT_MAX
     if more > 0:
@@ -69,7 +61,7 @@ def _offer(server: str, item: Mapping[str, Any]) -> OfferedTool:
     schema = {key: value for key, value in item["inputSchema"].items() if key != "$schema"}
     description = str(item.get("description") or item.get("title") or wire_name)
     return OfferedTool(
-        name=_name(server, wire_name),
+        name=tool_name(server, wire_name),
         wire_name=wire_name,
         description=description[:DESCRIPTION_CHARS_MAX],
         # Providers want both, where MCP leaves it free.
@@ -78,12 +70,3 @@ def _offer(server: str, item: Mapping[str, Any]) -> OfferedTool:
         destructive=hints.get("destructiveHint"),
         idempotent=hints.get("idempotentHint"),
     )
-
-
-def _name(server: str, wire_name: str, *, distinct: bool = False) -> str:
-    """Return `server__tool`; where it had to be changed beyond recognition, with a digest."""
-    name = f"{server}{SEPARATOR}{_NOT_IN_NAMES.sub('_', wire_name)}"
-    if len(name) <= NAME_CHARS_MAX and not distinct:
-        return name
-    digest = hashlib.sha256(wire_name.encode("utf-8", "surrogatepass")).hexdigest()[:_DIGEST_CHARS]
-    return f"{name[: NAME_CHARS_MAX - _DIGEST_CHARS - 1]}_{digest}"

@@ -8,7 +8,8 @@ from ownware_gateway.errors import GatewayError
 from ownware_gateway.mcp import Called, OfferedTool, ServerStatus, Source
 from ownware_gateway.mcp.config import ServerFiles, variables
 from ownware_gateway.mcp.keeper import Given, Keeper
-from ownware_gateway.profile import SEPARATOR, Profile
+from ownware_gateway.profile import Profile
+from ownware_gateway.profile.gateway import used
 from ownware_gateway.profile.servers import McpServer
 from ownware_gateway.tools import Context, Output, Tool, ToolFailed
 
@@ -48,13 +49,13 @@ class Supervisor:
 
     def names(self) -> list[str]:
         """Return the names of the gateway's servers, started or not."""
-        return [*self._files.servers(), *self._added]
+        return [*self._files.refresh(), *self._added]
 
     # -- for runs
 
     async def connect(self, profile: Profile) -> None:
         """Start what a profile's agent uses; return once each is up, or has failed for now."""
-        self._files.servers()
+        self._files.refresh()
         wanted = dict(self._wanted(profile))
         self._retire_others(profile, wanted)
         keepers = [self._keeper(key, settings) for key, settings in wanted.items()]
@@ -82,18 +83,10 @@ class Supervisor:
 
     def _wanted(self, profile: Profile) -> Iterator[tuple[_Key, McpServer]]:
         """Yield what a profile's agent uses: its own, and those of the gateway that it may."""
-        own = profile.tools.mcp
-        for name, settings in own.items():
-            if settings.enabled and not profile.tools.denies(f"{name}{SEPARATOR}*"):
-                yield (profile.name, name), settings
-        for name, (settings, _) in self._gateway().items():
-            named = any(item.startswith(f"{name}{SEPARATOR}") for item in profile.tools.allow)
-            if (
-                name not in own
-                and (named or profile.tools.preset == "full")
-                and not profile.tools.denies(f"{name}{SEPARATOR}*")
-            ):
-                yield (None, name), settings
+        own = {name: item for name, item in profile.tools.mcp.items() if item.enabled}
+        gateway = {name: settings for name, (settings, _) in self._gateway().items()}
+        for is_own, name, settings in used(profile.tools, own, gateway):
+            yield (profile.name if is_own else None, name), settings
 
     def _gateway(self) -> dict[str, tuple[McpServer, Source]]:
         """Return the gateway's servers that may run: of the files, of the catalogue, added."""
@@ -142,7 +135,7 @@ class Supervisor:
         """Return every server that is known: those of the gateway, and of profiles once used."""
         found = [
             self._status((None, name), settings, "config" if settings.enabled else "catalog")
-            for name, settings in self._files.servers().items()
+            for name, settings in self._files.refresh().items()
         ]
         found += [self._status((None, name), item, "api") for name, item in self._added.items()]
         found += [

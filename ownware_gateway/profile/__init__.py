@@ -13,11 +13,12 @@ from pydantic import Field
 from ownware_gateway.profile.fields import DurationMs, Strict
 from ownware_gateway.profile.rules import Policy
 from ownware_gateway.profile.servers import McpServer, ServerName
+from ownware_gateway.profile.services import Service
 
 #: Most rules of a profile.
 POLICIES_MAX: Final = 200
 
-#: Stands between an MCP server's name and its tool's: `server__tool`.
+#: Stands between the name of an MCP server or a service and its tool's: `server__tool`.
 SEPARATOR: Final = "__"
 
 Preset = Literal["full", "coding", "readonly", "none"]
@@ -27,13 +28,18 @@ PermissionMode = Literal["auto", "ask", "deny", "allowlist"]
 class Tools(Strict):
     """Which tools the agent has: a preset, and what is added to it or taken away by name.
 
-    `server__*` in `allow` and `deny` stands for all tools of an MCP server.
+    `server__*` in `allow` and `deny` stands for all tools of an MCP server, or of a service.
     """
 
     preset: Preset = "full"
     allow: list[str] = Field(default_factory=list)
     deny: list[str] = Field(default_factory=list)
     mcp: dict[ServerName, McpServer] = Field(default_factory=dict, max_length=64)
+    services: dict[ServerName, Service] = Field(default_factory=dict, max_length=64)
+
+    def declares(self, server: str) -> bool:
+        """Whether the profile itself has an MCP server or a service of this name."""
+        return server in self.mcp or server in self.services
 
     def allows(self, name: str) -> bool:
         """Whether `allow` names a tool, by itself or with its server."""

@@ -30,7 +30,7 @@ def _explain_one(problem: Any, model: type[BaseModel]) -> str:
         return f"There is no field {path!r}; {hint}"
     if problem["type"] == "missing":
         return f"The field {path!r} is required."
-    if problem["type"] == "mcp_server":
+    if problem["type"] in ("mcp_server", "service"):
         return f"The field {path!r} is wrong: {problem['msg']}."
     expected = problem["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
     expected = re.sub(r"a valid dictionary or instance of \w+", "an object", expected)

@@ -9,7 +9,7 @@ from pydantic.alias_generators import to_camel
 _UNITS_MS: Final = {"ms": 1, "s": 1_000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
 
 #: Fields whose values may be secrets: they are shown to nobody.
-SECRET_FIELDS: Final = frozenset({"env", "headers"})
+SECRET_FIELDS: Final = frozenset({"auth", "env", "headers", "inject"})
 
 
 def parse_duration_ms(value: object) -> object:

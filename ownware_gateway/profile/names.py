@@ -12,7 +12,7 @@ from ownware_gateway.profile.rules import SHELL, Policy
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """What a profile may name: tools, and the gateway's MCP servers as they are now.
+    """What a profile may name: tools, and the gateway's MCP servers and services as they are now.
 
     `tools` holds the schemas of each one's arguments, by their names. `mcp_missing` says why MCP
     servers cannot be used at all, if they cannot.
@@ -21,6 +21,7 @@ class Known:
     tools: Mapping[str, Mapping[str, Any]]
     servers: Callable[[], Collection[str]] = tuple
     mcp_missing: str | None = None
+    services: Callable[[], Collection[str]] = tuple
 
 
 def wrong_name(profile: Profile, known: Known) -> str | None:
@@ -30,6 +31,11 @@ def wrong_name(profile: Profile, known: Known) -> str | None:
     """
     if profile.tools.mcp and known.mcp_missing is not None:
         return known.mcp_missing
+    if both := sorted({*profile.tools.mcp} & {*profile.tools.services}):
+        return (
+            f"The fields 'tools.mcp' and 'tools.services' both have {both[0]!r}: of which of them "
+            f"would {both[0]}{SEPARATOR}tool be?"
+        )
     servers = _servers_named(profile, known)
     for field in ("allow", "deny"):
         for name in getattr(profile.tools, field):
@@ -48,11 +54,12 @@ def _near(name: str, names: Iterable[str]) -> str:
 
 
 def _servers_named(item: Profile, known: Known) -> set[str]:
-    """Return the servers whose tools a profile may name."""
+    """Return the servers and services whose tools a profile may name."""
     names = (*item.tools.allow, *item.tools.deny, *(policy.tools for policy in item.policies))
     # The gateway's are read from files: not for a profile that names none.
-    gateway = known.servers() if any(SEPARATOR in name for name in names) else ()
-    return {*item.tools.mcp, *gateway}
+    named = any(SEPARATOR in name for name in names)
+    gateway = (*known.servers(), *known.services()) if named else ()
+    return {*item.tools.mcp, *item.tools.services, *gateway}
 
 
 def _unknown(name: str, tools: Collection[str], servers: Collection[str]) -> str | None:
@@ -64,10 +71,10 @@ def _unknown(name: str, tools: Collection[str], servers: Collection[str]) -> str
 
 
 def _no_server(name: str, servers: Collection[str]) -> str | None:
-    """Return that there is no such MCP server; None when there is."""
+    """Return that there is no such MCP server or service; None when there is."""
     if name in servers:
         return None
-    return f"no MCP server is named {name!r}, {_near(name, servers)}"
+    return f"no MCP server or service is named {name!r}, {_near(name, servers)}"
 
 
 def _never(policy: Policy, known: Known, servers: Collection[str]) -> str | None:

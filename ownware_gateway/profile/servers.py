@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from ownware_gateway.masking import MASK
-from ownware_gateway.profile.fields import SECRET_FIELDS, DurationMs, Strict
+from ownware_gateway.profile.fields import DurationMs, Strict
 
 #: Stands in a server's settings for a variable of the gateway's own environment.
 VARIABLE: Final = re.compile(r"\$\{env:([A-Za-z_][A-Za-z0-9_]*)\}")
@@ -70,7 +70,7 @@ class McpServer(Strict):
     def shown(self) -> dict[str, Any]:
         """Return the settings as people may see them, without values that may be secret."""
         fields = self.model_dump(mode="json")
-        for name in SECRET_FIELDS:
+        for name in ("env", "headers"):
             fields[name] = {
                 key: value if VARIABLE.fullmatch(value) else MASK
                 for key, value in fields[name].items()

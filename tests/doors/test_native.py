@@ -458,7 +458,13 @@ async def test_profiles_are_listed_with_what_is_wrong_with_the_others(site: Site
     shown = await site.get("/profiles/assistant")
     assert shown == answer["items"][0]
     assert (shown["id"], shown["name"], shown["model"]) == ("assistant", "assistant", DEMO_ID)
-    assert shown["tools"] == {"preset": "coding", "allow": [], "deny": [], "mcp": {}}
+    assert shown["tools"] == {
+        "preset": "coding",
+        "allow": [],
+        "deny": [],
+        "mcp": {},
+        "services": {},
+    }
     assert shown["security"] == {"permissionMode": "ask", "hitlTimeoutMs": 1_800_000}
     assert "soul" not in shown
 

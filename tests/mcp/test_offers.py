@@ -9,11 +9,11 @@ from hypothesis import given, settings, strategies as some
 from ownware_gateway.mcp.child import MESSAGE_BYTES_MAX, TooLong, _Splitter, _Tail
 from ownware_gateway.mcp.offers import (
     LEFT_OUT_MAX,
-    NAME_CHARS_MAX,
     SCHEMA_BYTES_MAX,
     TOOLS_MAX,
     offers,
 )
+from ownware_gateway.tools.names import NAME_CHARS_MAX
 
 
 def tool(name: str, **fields: Any) -> dict[str, Any]:

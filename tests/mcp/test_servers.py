@@ -151,7 +151,7 @@ async def test_a_profile_that_names_a_server_that_there_is_not_is_refused(
     (broken,) = up.profiles.broken()
     assert broken.message == (
         "The field 'tools.deny' names no tool with 'clok__*'; "
-        "no MCP server is named 'clok', did you mean 'clock'?"
+        "no MCP server or service is named 'clok', did you mean 'clock'?"
     )
 
 

@@ -43,12 +43,14 @@ from ownware_gateway.doors.native.bodies import (
 )
 from ownware_gateway.doors.native.files import export_header, parse_export
 from ownware_gateway.doors.native.servers import ServerHandlers
+from ownware_gateway.doors.native.services import ServiceHandlers
 from ownware_gateway.engine import Engine, StartRun, deleted
 from ownware_gateway.errors import GatewayError
 from ownware_gateway.log import INBOX, Head, Log, Refused, Run, RunQuery, Stream, ThreadQuery
 from ownware_gateway.mcp import Servers
 from ownware_gateway.models import Catalogue
 from ownware_gateway.profile.folder import Profiles
+from ownware_gateway.services import Services
 from ownware_gateway.stream import Plan, Streamer, check_cursor, parse_cursor
 from ownware_gateway.transcript import load, messages
 
@@ -77,13 +79,14 @@ class NativeParts:
     catalogue: Catalogue
     profiles: Profiles
     servers: Servers
+    services: Services
     uptime_s: Callable[[], float]
     new_id: Callable[[str], str]
     require_request_id: bool
     servers_may_be_added: bool
 
 
-class Native(ServerHandlers):
+class Native(ServerHandlers, ServiceHandlers):
     """The handlers of the native door."""
 
     def __init__(self, parts: NativeParts) -> None:
@@ -93,6 +96,7 @@ class Native(ServerHandlers):
         self._catalogue = parts.catalogue
         self._profiles = parts.profiles
         self._servers = parts.servers
+        self._services = parts.services
         self._servers_may_be_added = parts.servers_may_be_added
         self._parts = parts
 
@@ -128,6 +132,7 @@ class Native(ServerHandlers):
             web.get(f"{base}/profiles", self.list_profiles),
             web.get(f"{base}/profiles/{{profile_id}}", self.profile),
             *self.server_routes(f"{base}/mcp"),
+            *self.service_routes(base),
             web.get(f"{base}/health", self.health),
             web.get(f"{base}/ready", self.ready),
         ]

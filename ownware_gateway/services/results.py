@@ -1,0 +1,62 @@
+"""What a service answered, as the output of a tool. Pure.
+
+`render` is the one place where an answer becomes an output: one that can hold more than text needs
+another here, and nothing else.
+"""
+
+import json
+import re
+from typing import Final, NamedTuple
+
+from ownware_gateway.tools import Output, ToolFailed, clip
+
+#: How much of an answer is read; more is cut.
+RESPONSE_BYTES_MAX: Final = 2 * 1024 * 1024
+
+#: How much of an answer that says no is told.
+ERROR_CHARS_MAX: Final = 2_000
+
+_TEXT: Final = re.compile(
+    r"text/.*|application/(?:.*\+)?(?:json|xml|yaml|x-yaml|javascript|x-ndjson|graphql)"
+    r"|application/x-www-form-urlencoded"
+)
+
+
+class Answered(NamedTuple):
+    """An answer: its status, what kind of body it has, and as much of that as was read."""
+
+    status: int
+    content_type: str
+    charset: str
+    body: bytes
+    is_whole: bool
+
+
+def render(answered: Answered, call: str) -> Output:
+    """Return the output of a call, which `call` names. Raises ToolFailed for what is no success."""
+    if not 200 <= answered.status < 300:
+        said = _text(answered)[:ERROR_CHARS_MAX].strip() or "no explanation"
+        raise ToolFailed(f"HTTP {answered.status} from {call}: {said}")
+    output = clip(_text(answered) or f"[HTTP {answered.status}, without a body]")
+    if answered.is_whole:
+        return output
+    note = f"\n[cut: only the first {len(answered.body)} bytes of the answer were read]"
+    return Output(output.text + note, True, output.bytes_raw)  # noqa: FBT003 - a field
+
+
+def _text(answered: Answered) -> str:
+    kind = answered.content_type.lower()
+    if kind and not _TEXT.fullmatch(kind):
+        size = f"{len(answered.body)} bytes{'' if answered.is_whole else ' or more'}"
+        return f"[{kind}, {size}, which cannot be shown as text]" if answered.body else ""
+    try:
+        text = answered.body.decode(answered.charset, "replace")
+    except LookupError:
+        text = answered.body.decode("utf-8", "replace")
+    if kind.endswith("json") and answered.is_whole:
+        try:
+            value = json.loads(text)
+            return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+        except (ValueError, RecursionError):
+            pass  # Then it is text.
+    return text
