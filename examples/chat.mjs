@@ -79,6 +79,8 @@ async function follow(threadId, seq) {
 async function show(event, threadId) {
   if (event.type === "text.delta") process.stdout.write(event.text);
   if (event.type === "tool.call.execute") console.log(`\n[${event.toolName}]`);
+  if (event.type === "agent.spawn") console.log(`[${event.name} begins: ${event.task}]`);
+  if (event.type === "agent.complete") console.log(`[an agent has ended: ${event.status}]`);
   if (event.type === "error") console.error(`\n[${event.code}: ${event.message}]`);
   if (event.type === "question.request") return answer(event, threadId);
   if (event.type !== "permission.request") return;

@@ -89,6 +89,10 @@ def show(event: dict[str, Any], thread_id: str) -> None:
             print(event["text"], end="", flush=True)
         case "tool.call.execute":
             print(f"\n[{event['toolName']}]")
+        case "agent.spawn":
+            print(f"[{event['name']} begins: {event['task']}]")
+        case "agent.complete":
+            print(f"[an agent has ended: {event['status']}]")
         case "error":
             print(f"\n[{event['code']}: {event['message']}]", file=sys.stderr)
         case "permission.request":

@@ -40,6 +40,7 @@ from ownware_gateway.services.registry import Registry
 from ownware_gateway.settings import Settings, child_environment, own_variable
 from ownware_gateway.stream import Streamer
 from ownware_gateway.tools import Tool, ask, files, search, shell, todo, web as web_tools
+from ownware_gateway.tools.spawn import Spawning
 
 #: How long the steps under way may take when the gateway leaves.
 GRACE_S: Final = 5.0
@@ -138,7 +139,7 @@ async def gateway(settings: Settings) -> AsyncIterator[Gateway]:
                 for name, tool in known.items()
                 if name != "web_search" or settings.search_provider
             },
-            sources=(servers, services),
+            sources=(servers, services, Spawning()),
             masker=masker,
             workspace=workspace,
             data_dir=data_dir.path,

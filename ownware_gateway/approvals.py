@@ -91,8 +91,8 @@ class Approvals:
             return found
         if await self._log.thread(thread_id) is None:
             raise GatewayError("not_found", f"There is no thread {thread_id!r}.")
-        run = await self._log.active_run(Stream(thread_id))
-        pending = await self._log.pending(run_id=run.id) if run is not None else []
+        # Whichever of its agents asks it: one question is open at a time.
+        pending = await self._log.pending(thread_id=thread_id)
         if not pending:
             raise GatewayError("nothing_pending", "The thread has no question to answer now.")
         return pending[0]
@@ -111,6 +111,13 @@ class Approvals:
             raise await self._already_decided(refused.winner) from None
         self.forget(asked.run_id)
         self._go(asked.run_id)
+        await self.next_in_line(asked.thread_id, besides=asked.run_id)
+
+    async def next_in_line(self, thread_id: str, *, besides: str) -> None:
+        """Set a thread's other agents going: some may have waited for this one."""
+        for run_id in await self._log.ready(thread_id):
+            if run_id != besides:
+                self._go(run_id)
 
     def _response(
         self, asked: Permission, decision: Decision, by: DecidedBy, reason: str

@@ -11,9 +11,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 
 from ownware_gateway.events import (
+    AgentSpawn,
     Asks,
     Event,
     PermissionRequest,
@@ -22,7 +23,7 @@ from ownware_gateway.events import (
     ToolCallExecute,
     ToolCallProgress,
 )
-from ownware_gateway.log import Commit, Log, Run
+from ownware_gateway.log import Commit, Log, Permission, Refused, Run
 from ownware_gateway.masking import MASK, Masker
 from ownware_gateway.models import Catalogue, Dispatch
 from ownware_gateway.permissions import (
@@ -32,7 +33,7 @@ from ownware_gateway.permissions import (
     operation_hash,
     stricter,
 )
-from ownware_gateway.profile import SEPARATOR, Profile
+from ownware_gateway.profile import SEPARATOR, SPAWN, Profile
 from ownware_gateway.tools import (
     Context,
     Output,
@@ -62,6 +63,9 @@ INTERRUPTED: Final = Verdict(
     "part, and is not run again by itself.",
 )
 
+#: How deep agents may be below a run that nobody spawned: its own agents are at 1.
+DEPTH_MAX: Final = 3
+
 #: The module that brings all others that judge.
 _RULES: Final = "ownware_gateway.floors"
 
@@ -86,12 +90,37 @@ class Parts:
     new_id: Callable[[str], str]
 
 
+class Family(Protocol):
+    """What a run needs of whoever drives runs, for the agents that work for it."""
+
+    def profile(self, profile_id: str) -> Profile:
+        """Return a profile as it is now. Raises GatewayError `not_found`."""
+        ...
+
+    async def begin(self, parent: Run, spawn: AgentSpawn, task: str) -> None:
+        """Begin an agent's run, unless it has begun. Raises GatewayError when it cannot."""
+        ...
+
+    async def recall(self, run_id: str) -> None:
+        """Have an agent's run stop."""
+        ...
+
+
+class Above(NamedTuple):
+    """A run that another one works for, directly or not: its profile, then and now."""
+
+    run: Run
+    profile: Profile
+    profile_now: Profile
+
+
 @dataclass(frozen=True, slots=True)
 class Assignment:
     """What one run is driven with: `history` ends with the run itself.
 
     `profile` is what it started with, `profile_now` what the files say today: it goes on as the
-    first, but may do nothing that either of them would not let it.
+    first, but may do nothing that either of them would not let it. `above` are the runs that it
+    works for, the nearest first.
     """
 
     run: Run
@@ -99,7 +128,9 @@ class Assignment:
     profile_now: Profile
     dispatch: Dispatch
     history: Sequence[RunFacts]
+    family: Family
     restarted: bool = False
+    above: Sequence[Above] = ()
 
 
 async def load_checks() -> None:
@@ -116,8 +147,11 @@ async def load_checks() -> None:
 class Store(Protocol):
     """Appends events of the run and folds them into its facts."""
 
-    def __call__(self, events: Sequence[Event]) -> Commit:
-        """Return the commit that says when they are durable."""
+    def __call__(self, events: Sequence[Event], *, asks: bool = False) -> Commit:
+        """Return the commit that says when they are durable.
+
+        One that `asks` is refused while another question is open in the thread.
+        """
         ...
 
 
@@ -129,6 +163,9 @@ class Calls:
         self._run = assignment.run
         self._profile = assignment.profile
         self._profile_now = assignment.profile_now
+        self._above = assignment.above
+        #: What people have allowed for the rest of the thread when any of its agents asked.
+        self.granted_elsewhere: frozenset[str] = frozenset()
         self._history = assignment.history
         self._facts = assignment.history[-1]
         self._store = store
@@ -150,6 +187,8 @@ class Calls:
         for source in self._parts.sources:
             offered |= source.tools(self._profile_now)
         offered |= self._parts.tools
+        if len(self._above) >= DEPTH_MAX:
+            offered.pop(SPAWN, None)
         return allowed_tools(self._profile, allowed_tools(self._profile_now, offered))
 
     @property
@@ -200,14 +239,23 @@ class Calls:
         return verdict
 
     def _verdict(self, operation: "Operation") -> Verdict:
-        """Return the strictest word of the floors and of the profile, as it was and as it is."""
+        """Return the strictest word of the floors and of the profile, as it was and as it is.
+
+        Whoever it works for has a word too: what that agent may not do itself, or not without a
+        person's yes, it does not get done by others. Which tools that agent has is no part of it.
+        """
         from ownware_gateway.floors import floor
 
-        granted = grants(self._history)
+        granted = grants(self._history) | self.granted_elsewhere
         verdict = stricter(
             judge(self._profile, operation, granted),
             judge(self._profile_now, operation, granted),
         )
+        for above in self._above:
+            for profile in (above.profile, above.profile_now):
+                said = judge(profile, operation, granted)
+                reason = f"{said.reason} So says the profile {profile.name!r}, which it works for."
+                verdict = stricter(verdict, Verdict(said.decision, reason, said.rule))
         held = floor(operation, self._ground, self._parts.masker)
         verdict = verdict if held is None else stricter(held, verdict)
         if operation.tool.asks and verdict.decision == "run":
@@ -219,6 +267,8 @@ class Calls:
         why = self.missing.get(name.partition(SEPARATOR)[0])
         if why is not None:
             return f"There is no tool named {name!r} now. {why}"
+        if name == SPAWN and len(self._above) >= DEPTH_MAX:
+            return f"Agents are spawned {DEPTH_MAX} deep and not deeper; do the task yourself."
         names = ", ".join(sorted(tools)) or "none"
         return f"There is no tool named {name!r}. There are: {names}."
 
@@ -236,17 +286,30 @@ class Calls:
         wanted = next(item for item in answer.turn.tool_calls if item.id == call.id)
         return parse_arguments(tool, wanted.arguments)
 
-    async def ask(self, call: Call, reason: str, rule: str | None) -> None:
-        """Append what a person is asked: whether a call may run, or the question that it is."""
+    async def ask(self, call: Call, reason: str, rule: str | None) -> bool:
+        """Append what a person is asked: whether a call may run, or the question that it is.
+
+        Returns False when another agent of the thread is asking: nothing is appended then.
+        """
+        request = self._request(call, reason, rule)
+        try:
+            await self._store([request], asks=True).wait()
+        except Refused as refused:
+            if not isinstance(refused.winner, Permission):
+                raise
+            call.request = None
+            return False
+        return True
+
+    def _request(self, call: Call, reason: str, rule: str | None) -> Asks:
         tool = self.tools[call.name]
         arguments = self._arguments(tool, call)
         shown = self._parts.masker.value(arguments)
         hashed = self._operation(tool, arguments).hash
         expires_at = self._parts.clock_ms() + self._profile.security.hitl_timeout_ms
-        request: Asks
         if tool.asks:
             options = shown.get("options") or None
-            request = QuestionRequest(
+            return QuestionRequest(
                 request_id=self._parts.new_id("ask"),
                 tool_call_id=call.id,
                 tool_name=call.name,
@@ -257,19 +320,22 @@ class Calls:
                 expires_at=expires_at,
                 turn_index=self._turn.index,
             )
-        else:
-            request = PermissionRequest(
-                request_id=self._parts.new_id("perm"),
-                tool_call_id=call.id,
-                tool_name=call.name,
-                input=shown,
-                reason=self._parts.masker.text(reason),
-                operation_hash=hashed,
-                expires_at=expires_at,
-                turn_index=self._turn.index,
-                rule=self._masked(rule),
-            )
-        await self._store([request]).wait()
+        return PermissionRequest(
+            request_id=self._parts.new_id("perm"),
+            tool_call_id=call.id,
+            tool_name=call.name,
+            input=shown,
+            reason=self._parts.masker.text(reason),
+            operation_hash=hashed,
+            expires_at=expires_at,
+            turn_index=self._turn.index,
+            rule=self._masked(rule),
+        )
+
+    def begun(self, call: Call) -> tuple[dict[str, Any], ToolCallExecute]:
+        """Return the exact arguments of a call that may run, and the event that it begins."""
+        arguments = self._arguments(self.tools[call.name], call)
+        return arguments, self._execution(call, arguments)
 
     async def run(self, calls: Sequence[Call]) -> None:
         """Run calls together. That they begin is durable before any of them has an effect."""

@@ -8,7 +8,8 @@ import asyncio
 import json
 from collections.abc import Coroutine, Sequence
 from contextlib import aclosing, suppress
-from typing import Any, Final
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Final
 
 from ownware_gateway.calls import Assignment, Calls, Parts, load_checks
 from ownware_gateway.events import (
@@ -25,7 +26,7 @@ from ownware_gateway.events import (
     ToolCallStart,
     TurnStart,
 )
-from ownware_gateway.log import Append, Commit, Drives, Private, Run
+from ownware_gateway.log import Append, Commit, Drives, Private, RestsOn, Run
 from ownware_gateway.models import (
     Answer,
     CallStart,
@@ -37,17 +38,24 @@ from ownware_gateway.models import (
     Thinking,
     ToolSpec,
 )
-from ownware_gateway.profile import Profile
+from ownware_gateway.profile import SPAWN, Profile
 from ownware_gateway.run import (
+    NO_AGENTS,
+    Agents as AgentStates,
     Answered,
     Ask,
+    Begin,
+    Deliver,
     Done,
     EndTurn,
     Finish,
     Limits,
     Question,
+    Recall,
     Refuse,
+    Rest,
     RunTools,
+    Spawn,
     Step,
     Wait,
     after_failure,
@@ -65,15 +73,19 @@ from ownware_gateway.transcript import (
     conversation,
 )
 
+if TYPE_CHECKING:
+    from ownware_gateway.agents import Agents
+
 #: Events that may be on their way to the disk before the model's stream is read on.
 UNCOMMITTED_EVENTS_MAX: Final = 2_000
 
 
 class Drive:
-    """Drives one run until it ends, waits for a person, or is taken over."""
+    """Drives one run until it ends, waits for a person or its agents, or is taken over."""
 
     def __init__(self, parts: Parts, assignment: Assignment) -> None:
         self._parts = parts
+        self._assignment = assignment
         self._run = assignment.run
         self._profile = assignment.profile
         self._dispatch = assignment.dispatch
@@ -87,6 +99,7 @@ class Drive:
         )
         self._loop = asyncio.get_running_loop()
         self._began_s = self._loop.time()
+        self._began_ms = assignment.run.active_ms
         self._scope: asyncio.Timeout | None = None
         self._timed_out = False
         self._leaving = False
@@ -103,16 +116,34 @@ class Drive:
             # Before anything is judged: what a call may do, its server says.
             await self._within_time(self._calls.connect())
         while not self._leaving:
+            agents = await self._agent_states()
             step = next_step(
-                self._facts, self._calls.judge, self._limits, timed_out=self._timed_out
+                self._facts, self._calls.judge, self._limits, agents, timed_out=self._timed_out
             )
-            match step:
-                case Done() | Wait():
-                    return
-                case Finish():
-                    await finish(self._parts, self._run, self._facts, step, self._active_ms())
-                case _:
-                    await self._within_time(self._perform(step))
+            if await self._take(step):
+                return
+
+    async def _take(self, step: Step) -> bool:
+        """Take a step; return whether nothing is to be done after it for now."""
+        match step:
+            case Done():
+                return True
+            case Wait():
+                if self._profile.subagents:
+                    # What came of an agent may have been told since the question was asked.
+                    await self._park("person", len(self._facts.open_agents))
+                return True
+            case Finish():
+                await finish(self._parts, self._run, self._facts, step, self._active_ms())
+            case Question():
+                # Not to be cut off: whether it is asked must be known to whoever ends the run.
+                return await self._question(step)
+            case Begin() | Deliver() | Recall() | Rest():
+                # Nor these, which are done about agents when the run's time is over, too.
+                return await self._with_agents(step)
+            case _:
+                await self._within_time(self._perform(step))
+        return False
 
     def leave(self) -> None:
         """Stop before the next step: the gateway is leaving, and the log knows where to go on."""
@@ -127,7 +158,7 @@ class Drive:
                 self._scope.reschedule(self._loop.time())
 
     def _active_ms(self) -> int:
-        return self._run.active_ms + int((self._loop.time() - self._began_s) * 1000)
+        return self._began_ms + int((self._loop.time() - self._began_s) * 1000)
 
     async def _within_time(self, work: Coroutine[Any, Any, None]) -> None:
         left_s = (self._run.timeout_ms - self._active_ms()) / 1000
@@ -147,8 +178,8 @@ class Drive:
                 await self._ask(step)
             case RunTools(calls):
                 await self._calls.run(calls)
-            case Question(call, reason, rule):
-                await self._calls.ask(call, reason, rule)
+            case Spawn():
+                await self._agents.spawn(step, self._run.timeout_ms - self._active_ms())
             case Refuse(call, reason, rule):
                 ended = clip(self._parts.masker.text(reason)).text
                 by = None if rule is None else self._parts.masker.text(rule)
@@ -158,20 +189,72 @@ class Drive:
                 self._store([tool_end(self._turn, call, said, is_error=is_error)])
             case EndTurn(turn, reason):
                 self._store([turn_end(turn, reason, self._parts.clock_ms())])
-            case Done() | Wait() | Finish():
+            case _:
                 raise AssertionError(step)
+
+    # -- agents
+
+    @cached_property
+    def _agents(self) -> "Agents":
+        from ownware_gateway.agents import Agents
+
+        return Agents(self._parts, self._assignment, self._calls, self._store)
+
+    async def _agent_states(self) -> AgentStates:
+        if not self._profile.subagents:
+            return NO_AGENTS
+        states = await self._agents.states() if self._facts.open_agents else {}
+        return AgentStates(SPAWN, states)
+
+    async def _with_agents(self, step: Begin | Deliver | Recall | Rest) -> bool:
+        """Do what is to be done about the run's agents; return whether the run rests."""
+        match step:
+            case Begin(calls):
+                await self._agents.begin(calls)
+            case Recall(calls):
+                await self._agents.recall(calls)
+            case Deliver(calls):
+                await self._agents.deliver(calls, self._charge)
+            case Rest(agents):
+                return await self._park("agents", agents)
+        return False
+
+    def _charge(self, active_ms: int) -> None:
+        """Note that the run has been active for so long at least, its agents' time included."""
+        self._began_ms += max(0, active_ms - self._active_ms())
+        self._timed_out |= self._active_ms() >= self._run.timeout_ms
+
+    async def _question(self, step: Question) -> bool:
+        """Ask a person, when it is this agent's turn; return whether the run rests for that."""
+        alone = self._run.parent_run_id is None and not self._facts.has_agents
+        if not alone and await self._agents.hear():
+            return False  # Perhaps there is nothing left to ask.
+        if self._facts.cancel is not None:
+            return False
+        if await self._calls.ask(step.call, step.reason, step.rule):
+            return False
+        agents = await self._agent_states()
+        under_way = agents.of(self._facts.open_agents, "under_way", "stopping")
+        return await self._park("line", len(under_way))
+
+    async def _park(self, rests_on: RestsOn, agents: int) -> bool:
+        cancelled = self._facts.cancel is not None
+        return await self._parts.log.park(self._guard, rests_on, agents=agents, cancelled=cancelled)
 
     @property
     def _turn(self) -> Turn:
         assert self._facts.turn is not None
         return self._facts.turn
 
-    def _store(self, events: Sequence[Event], private: Sequence[Private] = ()) -> Commit:
+    def _store(
+        self, events: Sequence[Event], private: Sequence[Private] = (), *, asks: bool = False
+    ) -> Commit:
         """Append what happened and fold it into the facts; the commit says when it is durable."""
         for event in events:
             self._facts.apply(event)
+        guard = self._guard._replace(asks=True) if asks else self._guard
         return self._parts.log.append(
-            Append(self._run.stream, self._guard, events, private, active_ms=self._active_ms())
+            Append(self._run.stream, guard, events, private, active_ms=self._active_ms())
         )
 
     # -- asking the model

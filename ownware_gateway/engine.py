@@ -12,13 +12,14 @@ from dataclasses import dataclass, field
 from typing import Final, Literal
 
 from ownware_gateway.approvals import Approvals
-from ownware_gateway.calls import Assignment, Parts
+from ownware_gateway.calls import Above, Assignment, Parts
 from ownware_gateway.drive import Drive, fallback_of, finish
 from ownware_gateway.errors import GatewayError
-from ownware_gateway.events import Attachment, Fallback, RunCancel, UserMessage
+from ownware_gateway.events import AgentSpawn, Attachment, Fallback, RunCancel, UserMessage
 from ownware_gateway.log import (
     Append,
     Cancels,
+    Drives,
     IdempotencyKey,
     KeptStart,
     NewRun,
@@ -54,6 +55,9 @@ DELETE_S: Final = 10.0
 
 #: How long the last word to the log may take.
 REST_S: Final = 0.5
+
+#: Who has an agent's run stop when the run that it works for ends.
+PARENT: Final = "parent"
 
 #: What `ownware_gateway.models.demo` is called; it may answer a thread that it has begun.
 DEMO_PREFIX: Final = "demo:"
@@ -273,15 +277,19 @@ class Engine:
                 run = fresh.run if fresh is not None else await self._parts.log.run(run_id)
                 if run is None:
                     return  # Its thread has been deleted.
+                if run.terminal:
+                    break
                 await self._drive_once(slot, run, fresh, restarted=restarted)
                 fresh, restarted = None, False
             run = await self._parts.log.run(run_id)
             if run is None:
                 return
-            if run.status == "succeeded" and run.end_seq is not None and slot.history:
-                self._recent.keep(run.stream, run.end_seq, slot.history)
+            self._keep(run, slot.history)
             if run.terminal:
                 self.approvals.forget(run_id)
+                if run.parent_run_id is not None:
+                    self._go(run.parent_run_id)
+                    await self.approvals.next_in_line(run.thread_id, besides=run_id)
             else:
                 await self.approvals.watch(run_id)
         except Refused:
@@ -294,6 +302,16 @@ class Engine:
             del self._slots[run_id]
             if slot.again:
                 self._go(run_id)
+
+    def _keep(self, run: Run, history: list[RunFacts]) -> None:
+        """Keep the conversation of a run that has ended well, for the next one in it.
+
+        An agent's stream has no next one, and what agents below were allowed is not in what was
+        driven here.
+        """
+        own = run.parent_run_id is None and history and not history[-1].has_agents
+        if own and run.status == "succeeded" and run.end_seq is not None:
+            self._recent.keep(run.stream, run.end_seq, history)
 
     async def _drive_once(
         self,
@@ -312,7 +330,16 @@ class Engine:
                 (facts,) = await load(self._parts.log, run.stream, after=run.start_seq)
             history = [*await self._recent.before(run.stream, run.start_seq), facts]
             slot.history = history
-            assignment = Assignment(run, profile, profile_now, dispatch, history, restarted)
+            assignment = Assignment(
+                run=run,
+                profile=profile,
+                profile_now=profile_now,
+                dispatch=dispatch,
+                history=history,
+                family=self,
+                restarted=restarted,
+                above=await self._above(run),
+            )
             slot.drive = Drive(self._parts, assignment)
             if slot.cancel is not None:
                 slot.drive.cancel(slot.cancel)
@@ -332,6 +359,8 @@ class Engine:
         (facts,) = await load(self._parts.log, run.stream, after=run.start_seq)
         if slot.cancel is not None:
             facts.apply(slot.cancel)
+        if facts.open_agents and not await self._end_agents(slot, run, facts):
+            return  # It is set going again when they have ended.
         await finish(self._parts, run, facts, Finish("failed", "error", code, message))
 
     async def _means(self, run: Run) -> tuple[Profile, Profile, Dispatch]:
@@ -345,8 +374,7 @@ class Engine:
         if run.deaths >= DEATHS_MAX:
             message = f"The gateway died {run.deaths} times while it drove this run."
             raise _CannotGoOn("crash_loop", message)
-        stored = await self._parts.log.private(run.stream, "profile", after=run.start_seq)
-        profile = Profile.restore(stored[0][2].decode())
+        profile = await self._stored_profile(run)
         try:
             profile_now = self._profiles.get(run.profile_id)
         except GatewayError as error:
@@ -360,6 +388,87 @@ class Engine:
         except GatewayError as error:
             message = f"The run cannot go on. {error.message}"
             raise _CannotGoOn(error.code, message) from error
+
+    async def _stored_profile(self, run: Run) -> Profile:
+        stored = await self._parts.log.private(run.stream, "profile", after=run.start_seq)
+        return Profile.restore(stored[0][2].decode())
+
+    # -- agents that work for a run; see `ownware_gateway.calls.Family`
+
+    def profile(self, profile_id: str) -> Profile:
+        """Return a profile as it is now. Raises GatewayError `not_found`."""
+        return self._profiles.get(profile_id)
+
+    async def begin(self, parent: Run, spawn: AgentSpawn, task: str) -> None:
+        """Begin an agent's run, unless it has begun. Raises GatewayError when it cannot."""
+        from ownware_gateway.agents import narrowed
+
+        profile = narrowed(self._profiles.get(spawn.profile_name), spawn)
+        dispatch = await self._agent_dispatch(profile, parent)
+        message = UserMessage(run_id=spawn.run_id, text=task, timestamp=self._parts.clock_ms())
+        row = NewRun(
+            id=spawn.run_id,
+            profile_id=profile.name,
+            model=dispatch.id,
+            timeout_ms=profile.execution.timeout,
+            title="",
+            parent_run_id=parent.id,
+            name=spawn.name,
+        )
+        stream = Stream(parent.thread_id, spawn.agent_id)
+        private = [Private("profile", profile.dump().encode())]
+        try:
+            run = await self._parts.log.begin(
+                Append(stream, Starts(row, goes_on=True), [message], private)
+            )
+        except Refused:
+            # It has begun before, or its own run ends: either way its row says what is next.
+            self._go(spawn.run_id)
+            return
+        self._go(run.id, _Fresh(run, profile, dispatch, RunFacts(message, run.start_seq + 1)))
+
+    async def _agent_dispatch(self, profile: Profile, parent: Run) -> Dispatch:
+        """Return the model that answers; the built-in one stands in only below itself."""
+        try:
+            return self._parts.catalogue.resolve(profile.model)
+        except GatewayError:
+            if not self._limits.stand_in or not parent.model.startswith(DEMO_PREFIX):
+                raise
+            return await self._parts.catalogue.stand_in(profile.model)
+
+    async def recall(self, run_id: str) -> None:
+        """Have an agent's run stop: the run that it works for ends."""
+        await self.cancel(run_id, PARENT)
+
+    async def _end_agents(self, slot: _Slot, run: Run, facts: RunFacts) -> bool:
+        """Have a run's agents stop; return whether they all have ended. If not, it rests."""
+        from ownware_gateway.agents import end_all
+
+        if await end_all(self._parts, run, facts, self.recall):
+            return True
+        left = [
+            await self._parts.log.run(call.agent.run_id) for call in facts.open_agents if call.agent
+        ]
+        rests = await self._parts.log.park(
+            Drives(run.id, run.generation),
+            "agents",
+            agents=sum(child is not None and not child.terminal for child in left),
+            cancelled=facts.cancel is not None,
+        )
+        slot.again |= not rests
+        return False
+
+    async def _above(self, run: Run) -> list[Above]:
+        """Return the runs that one works for, the nearest first."""
+        above: list[Above] = []
+        while run.parent_run_id is not None:
+            run = await self._run(run.parent_run_id)
+            profile = profile_now = await self._stored_profile(run)
+            with contextlib.suppress(GatewayError):
+                # Without its files that run ends itself.
+                profile_now = self._profiles.get(run.profile_id)
+            above.append(Above(run, profile, profile_now))
+        return above
 
     async def _run(self, run_id: str) -> Run:
         run = await self._parts.log.run(run_id)
@@ -431,7 +540,7 @@ class Engine:
         """
         await self._parts.log.charge()
         unfinished = await self._parts.log.unfinished()
-        under_way = [run for run in unfinished if run.status != "waiting" or run.code is not None]
+        under_way = [run for run in unfinished if run.rests_on is None or run.code is not None]
         await self.approvals.watch_all()
         if any(run.deaths >= DEATHS_CAREFUL for run in under_way):
             task = asyncio.get_running_loop().create_task(self._one_at_a_time(under_way))

@@ -36,6 +36,7 @@ RunStatus = Literal[
 EndStatus = Literal["succeeded", "failed", "cancelled", "timed_out"]
 Decision = Literal["allow", "deny"]
 DecidedBy = Literal["user", "policy", "cancel", "timeout"]
+AgentStatus = Literal["completed", "error", "aborted"]
 
 
 def _absent(value: object) -> bool:
@@ -113,6 +114,12 @@ class Usage(Wire):
             model=other.model,
             cost_usd=cost,
         )
+
+    def plus_agent(self, other: "Usage") -> "Usage":
+        """Return the sum with what an agent has used; the model named is still one's own."""
+        if not other.model:
+            return self  # It has asked none.
+        return self.plus(other).model_copy(update={"model": self.model or other.model})
 
 
 class Attachment(Wire):
@@ -261,7 +268,8 @@ class ToolCallEnd(Event):
 class PermissionRequest(Event):
     """The run waits for a person's yes; `operation_hash` binds the answer to this very input.
 
-    `rule` is what asks, where it is not the profile's mode.
+    `rule` is what asks, where it is not the profile's mode. `agent_id` is there where another agent
+    asks, which works for this one.
     """
 
     type: Literal["permission.request"] = "permission.request"
@@ -274,6 +282,7 @@ class PermissionRequest(Event):
     expires_at: int
     turn_index: int
     rule: str | None = Field(default=None, exclude_if=_absent)
+    agent_id: str | None = Field(default=None, exclude_if=_absent)
 
 
 class PermissionResponse(Event):
@@ -285,6 +294,41 @@ class PermissionResponse(Event):
     decided_by: DecidedBy
     reason: str
     always: bool = Field(default=False, exclude_if=lambda always: not always)
+    turn_index: int
+    agent_id: str | None = Field(default=None, exclude_if=_absent)
+
+
+class AgentSpawn(Event):
+    """A call of this run is another agent's run from here on, in a stream of its own.
+
+    In the append of the call's `tool.call.execute`: it is fixed which run it is before it begins.
+    """
+
+    type: Literal["agent.spawn"] = "agent.spawn"
+    agent_id: str
+    parent_agent_id: str
+    run_id: str
+    tool_call_id: str
+    name: str
+    profile_name: str
+    model: str
+    task: str
+    time_left_ms: int
+    max_cost_usd: float | None = Field(default=None, exclude_if=_absent)
+    turn_index: int
+
+
+class AgentComplete(Event):
+    """An agent's run has ended; `result` is what the model is told of it."""
+
+    type: Literal["agent.complete"] = "agent.complete"
+    agent_id: str
+    result: str
+    status: AgentStatus
+    error: str | None = Field(default=None, exclude_if=_absent)
+    duration_ms: int
+    usage: Usage | None = Field(default=None, exclude_if=_absent)
+    turn_count: int | None = Field(default=None, exclude_if=_absent)
     turn_index: int
 
 
@@ -305,6 +349,7 @@ class QuestionRequest(Event):
     operation_hash: str
     expires_at: int
     turn_index: int
+    agent_id: str | None = Field(default=None, exclude_if=_absent)
 
 
 class QuestionResponse(Event):
@@ -316,6 +361,7 @@ class QuestionResponse(Event):
     decided_by: DecidedBy
     reason: str
     turn_index: int
+    agent_id: str | None = Field(default=None, exclude_if=_absent)
 
     @property
     def granted(self) -> bool:
@@ -414,6 +460,8 @@ AnyEvent = (
     | PermissionResponse
     | QuestionRequest
     | QuestionResponse
+    | AgentSpawn
+    | AgentComplete
     | TurnEnd
     | TurnInterrupted
     | Recovery
@@ -428,11 +476,13 @@ EVENTS: Final[Mapping[str, type[Event]]] = {
 }
 
 #: What a run waits for a person with, whether a call may run or what the call itself asks, and what
-#: comes back. The one place that says which these are.
+#: comes back. The one place that says which these are. All of them also stand in the stream over
+#: all threads and in those of the agents above; at most one question is open in a thread.
 Asks = PermissionRequest | QuestionRequest
 Answers = PermissionResponse | QuestionResponse
 ASKING: Final = frozenset(event.model_fields["type"].default for event in get_args(Asks))
 ANSWERING: Final = frozenset(event.model_fields["type"].default for event in get_args(Answers))
+ASKED: Final = ASKING | ANSWERING
 
 #: Events that only show progress: what they say stands whole in a later event, so folds skip them.
 DELTAS: Final = frozenset({"text.delta", "thinking.delta", "tool.call.progress"})

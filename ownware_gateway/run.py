@@ -4,11 +4,12 @@
 goes on after a restart ask the same question of the same facts.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final, Literal, NamedTuple
 
 from ownware_gateway.events import (
+    AgentComplete,
     Answers,
     Asks,
     DecidedBy,
@@ -37,6 +38,9 @@ RETRIES_MAX: Final = 5
 RETRY_S: Final = 0.5
 RETRY_S_MAX: Final = 30.0
 RETRY_AFTER_S_MAX: Final = 300.0
+
+#: Agents that work for one run at the same time; further ones begin as these end.
+AGENTS_AT_ONCE_MAX: Final = 8
 
 
 class Ask(NamedTuple):
@@ -89,6 +93,37 @@ class Wait(NamedTuple):
     request_id: str
 
 
+class Spawn(NamedTuple):
+    """Make these calls runs of other agents; `of` is how many are to be made so, these included."""
+
+    calls: tuple[Call, ...]
+    of: int
+
+
+class Begin(NamedTuple):
+    """Begin the agents' runs that these calls are."""
+
+    calls: tuple[Call, ...]
+
+
+class Deliver(NamedTuple):
+    """End these calls: the agents' runs that they are have ended."""
+
+    calls: tuple[Call, ...]
+
+
+class Recall(NamedTuple):
+    """Have these agents' runs stop: the run ends, and not before them."""
+
+    calls: tuple[Call, ...]
+
+
+class Rest(NamedTuple):
+    """Nothing can happen before an agent's run ends; `agents` are under way."""
+
+    agents: int
+
+
 class EndTurn(NamedTuple):
     """The turn is over and the model is asked again."""
 
@@ -113,7 +148,39 @@ class Done:
 #: How a run ends that was asked to stop.
 CANCELLED: Final = Finish("cancelled", "aborted", "cancelled")
 
-Step = Ask | RunTools | Refuse | Answered | Question | Wait | EndTurn | Finish | Done
+TIMED_OUT: Final = Finish("timed_out", "aborted", "timed_out")
+
+#: What is done about a run's agents.
+AgentStep = Spawn | Begin | Deliver | Recall | Rest
+
+Step = Ask | RunTools | Refuse | Answered | Question | Wait | AgentStep | EndTurn | Finish | Done
+
+#: How far the run of an agent is, as its row says: `spawned` has not begun.
+AgentState = Literal["spawned", "under_way", "stopping", "ended"]
+
+
+class Agents(NamedTuple):
+    """What a run knows of the agents that work for it.
+
+    `tool` is the tool that spawns them, where it has one; `states` how far those are whose calls
+    have not ended, by their ids.
+    """
+
+    tool: str | None
+    states: Mapping[str, AgentState]
+
+    def of(self, calls: Iterable[Call], *states: AgentState) -> tuple[Call, ...]:
+        """Return the calls that are open and whose agents' runs are in one of these states."""
+        return tuple(
+            call
+            for call in calls
+            if call.agent is not None
+            and call.agent_is_open
+            and self.states.get(call.agent.agent_id) in states
+        )
+
+
+NO_AGENTS: Final = Agents(None, {})
 
 
 class Limits(NamedTuple):
@@ -124,7 +191,12 @@ class Limits(NamedTuple):
 
 
 def next_step(
-    facts: RunFacts, judge: Callable[[Call], Verdict], limits: Limits, *, timed_out: bool = False
+    facts: RunFacts,
+    judge: Callable[[Call], Verdict],
+    limits: Limits,
+    agents: Agents = NO_AGENTS,
+    *,
+    timed_out: bool = False,
 ) -> Step:
     """Return what happens next in a run of which the log says this.
 
@@ -132,10 +204,8 @@ def next_step(
     """
     if facts.end is not None:
         return Done()
-    if facts.cancel is not None:
-        return CANCELLED
-    if timed_out:
-        return Finish("timed_out", "aborted", "timed_out")
+    if facts.cancel is not None or timed_out:
+        return before_end(facts, agents) or (TIMED_OUT if facts.cancel is None else CANCELLED)
     turn = facts.turn
     if turn is None:
         return Ask(0, new_turn=True)
@@ -151,21 +221,45 @@ def next_step(
             return _stop_at_limit(facts, limits) or EndTurn(turn, reason)
         return Finish("succeeded", reason)
     return (
-        _next_for_calls(turn, judge) or _stop_at_limit(facts, limits) or EndTurn(turn, "tool_use")
+        _next_for_agents(turn, agents)
+        or _next_for_calls(turn, judge, agents)
+        or _stop_at_limit(facts, limits)
+        or EndTurn(turn, "tool_use")
     )
 
 
-def _next_for_calls(turn: Turn, judge: Callable[[Call], Verdict]) -> Step | None:
+def before_end(facts: RunFacts, agents: Agents) -> Deliver | Recall | Rest | None:
+    """Return what is to be done about a run's agents before it ends; None when nothing is."""
+    calls = facts.open_agents
+    if ended := agents.of(calls, "ended"):
+        return Deliver(ended)
+    if under_way := agents.of(calls, "under_way"):
+        return Recall(under_way)
+    stopping = agents.of(calls, "stopping")
+    return Rest(len(stopping)) if stopping else None
+
+
+def _next_for_agents(turn: Turn, agents: Agents) -> Step | None:
+    """Return what to do about agents that were spawned, before anything else."""
+    if ended := agents.of(turn.calls.values(), "ended"):
+        return Deliver(ended)
+    if spawned := agents.of(turn.calls.values(), "spawned"):
+        return Begin(spawned)
+    return None
+
+
+def _next_for_calls(turn: Turn, judge: Callable[[Call], Verdict], agents: Agents) -> Step | None:
     """Return what to do with the turn's calls; None when all have ended.
 
     Free calls run first, then people are asked, one question at a time, and what they granted runs
-    together: nobody waits for a person who need not.
+    together: nobody waits for a person who need not, nor for an agent.
     """
+    under_way = len(agents.of(turn.calls.values(), "under_way", "stopping"))
     free: list[Call] = []
     granted: list[Call] = []
     question: Wait | Question | None = None
     for call in turn.calls.values():
-        if call.end is not None:
+        if call.end is not None or call.agent is not None:
             continue
         match _next_for_call(call, judge):
             case Refuse() | Answered() as ends:
@@ -176,9 +270,22 @@ def _next_for_calls(turn: Turn, judge: Callable[[Call], Verdict]) -> Step | None
                 granted.append(call)
             case "free":
                 free.append(call)
-    if free:
-        return RunTools(tuple(free))
-    return question or (RunTools(tuple(granted)) if granted else None)
+    places = AGENTS_AT_ONCE_MAX - under_way
+    return (
+        _run(free, agents.tool, places)
+        or question
+        or _run(granted, agents.tool, places)
+        or (Rest(under_way) if under_way else None)
+    )
+
+
+def _run(calls: list[Call], spawns: str | None, places: int) -> Spawn | RunTools | None:
+    """Return how calls that may run do, agents first: they take longest."""
+    to_spawn = [call for call in calls if call.name == spawns]
+    if to_spawn and places > 0:
+        return Spawn(tuple(to_spawn[:places]), len(to_spawn))
+    others = [call for call in calls if call.name != spawns]
+    return RunTools(tuple(others)) if others else None
 
 
 def _next_for_call(
@@ -304,7 +411,10 @@ def _close_calls(turn: Turn, finish: Finish) -> list[Event]:
             continue
         if call.request is not None and call.response is None:
             events.append(_unanswered(call.request, decided_by, why))
-        events.append(_close_call(turn, call, why))
+        ended = _close_call(turn, call, why)
+        if call.agent is not None:
+            events.append(agent_failed(turn, call.agent.agent_id, ended.result, "aborted"))
+        events.append(ended)
     return events
 
 
@@ -335,6 +445,20 @@ def _unanswered(asked: Asks, by: DecidedBy, why: str) -> Answers:
         decided_by=by,
         reason=why,
         turn_index=asked.turn_index,
+    )
+
+
+def agent_failed(
+    turn: Turn, agent_id: str, why: str, status: Literal["error", "aborted"] = "error"
+) -> AgentComplete:
+    """Return the end of an agent whose run has never begun."""
+    return AgentComplete(
+        agent_id=agent_id,
+        result=why,
+        status=status,
+        error=why,
+        duration_ms=0,
+        turn_index=turn.index,
     )
 
 

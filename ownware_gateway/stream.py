@@ -20,7 +20,7 @@ from aiohttp import web
 
 from ownware_gateway import sse
 from ownware_gateway.errors import GatewayError
-from ownware_gateway.log import INBOX, Chunk, Gone, Head, Log, Run, Stream
+from ownware_gateway.log import INBOX, ROOT, Chunk, Gone, Head, Log, Run, Stream
 
 #: A comment goes out after so long a silence, so that nothing in between closes the connection.
 KEEP_ALIVE_S: Final = 15.0
@@ -249,6 +249,7 @@ class Streamer:
                         caught_up = look = True
                         await client.send(await self._replay_complete(plan, after))
                     case Silence():
+                        look = not plan.follow
                         await client.send(await self._sign_of_life())
                 # It may be large, and the next one long in coming.
                 del item
@@ -275,6 +276,11 @@ class Streamer:
             return run is None or (run.end_seq is not None and after >= run.end_seq)
         if plan.follow or await self._log.active_run(plan.stream) is not None:
             return False
+        if not after and plan.stream.agent_id != ROOT:
+            # An agent that was spawned begins in a moment, unless the run that did it has ended.
+            root = Stream(plan.stream.thread_id)
+            if await self._log.active_run(root) is not None:
+                return False
         # Asked in this order: what was appended before the run ended is there by now.
         return await self._log.chunk(plan.stream, after) is None
 

@@ -76,6 +76,11 @@ class Terminal:
                 self._about(f"> {name} {shown[:CALL_CHARS_MAX]}{more}")
             case {"type": "tool.call.end", "toolName": name, "isError": True, "result": result}:
                 self._about(f"> {name} failed: {result}")
+            case {"type": "agent.spawn", "name": name, "agentId": agent, "task": task}:
+                more = "…" if len(task) > CALL_CHARS_MAX else ""
+                self._about(f"> {name} ({agent}) begins: {task[:CALL_CHARS_MAX]}{more}")
+            case {"type": "agent.complete", "agentId": agent, "status": status}:
+                self._about(f"> {agent} has ended: {status}.")
             case {"type": "recovery", "detail": detail}:
                 self._about(f"Trying again: {detail}")
             case {"type": "error", "message": message}:
@@ -99,7 +104,8 @@ class Terminal:
     async def _decide(self, asked: dict[str, Any]) -> None:
         """Have a question answered, by whoever is there."""
         shown = json.dumps(asked["input"], indent=2, ensure_ascii=False)
-        self._about(f"{asked['toolName']} asks for permission: {asked['reason']}\n{shown}")
+        agent = f" of {asked['agentId']}" if "agentId" in asked else ""
+        self._about(f"{asked['toolName']}{agent} asks for permission: {asked['reason']}\n{shown}")
         if self._yes:
             action = "approve"
             self._about("Approved: --yes.")

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from ownware_gateway.events import (
+    AgentComplete,
+    AgentSpawn,
     Answers,
     Asks,
     Error,
@@ -101,7 +103,15 @@ class Call:
     request: Asks | None = None
     response: Answers | None = None
     executing: bool = False
+    #: The agent whose run the call is, and how that ended.
+    agent: AgentSpawn | None = None
+    complete: AgentComplete | None = None
     end: ToolCallEnd | None = None
+
+    @property
+    def agent_is_open(self) -> bool:
+        """Whether an agent's run is the call, and what came of it is not told here yet."""
+        return self.agent is not None and self.end is None
 
 
 @dataclass(slots=True)
@@ -145,6 +155,9 @@ class RunFacts:
     cancel: RunCancel | None = None
     error: Error | None = None
     end: SessionEnd | None = None
+    #: What other agents, which work for this one, have asked people and may do since, as `grants`.
+    asked_below: dict[str, PermissionRequest] = field(default_factory=dict)
+    granted_below: set[str] = field(default_factory=set)
     #: What it takes in memory, in bytes; found out once, by whoever keeps it.
     size_bytes: int | None = None
 
@@ -155,14 +168,33 @@ class RunFacts:
 
     @property
     def usage(self) -> Usage:
-        """What the run's model calls used so far, the ones whose turn has not ended included."""
+        """What the run's model calls used so far, the ones whose turn has not ended included.
+
+        So is what its agents have used whose runs have ended.
+        """
         total = Usage()
         for turn in self.turns:
             if turn.end is not None:
                 total = total.plus(turn.end.usage)
             elif turn.answer is not None:
                 total = total.plus(turn.answer.usage)
+            for call in turn.calls.values():
+                if call.complete is not None and call.complete.usage is not None:
+                    total = total.plus_agent(call.complete.usage)
         return total
+
+    @property
+    def open_agents(self) -> list[Call]:
+        """The calls that are runs of agents, and of which it is not told yet what came of them."""
+        if self.turn is None:
+            return []
+        return [call for call in self.turn.calls.values() if call.agent_is_open]
+
+    @property
+    def has_agents(self) -> bool:
+        """Whether it has ever had another agent work for it."""
+        calls = (call for turn in self.turns for call in turn.calls.values())
+        return any(call.agent is not None for call in calls)
 
     @property
     def turns_done(self) -> int:
@@ -198,10 +230,30 @@ class RunFacts:
                 self.error = event
             case SessionEnd():
                 self.end = event
+            case (
+                PermissionRequest(agent_id=str())
+                | PermissionResponse(agent_id=str())
+                | QuestionRequest(agent_id=str())
+                | QuestionResponse(agent_id=str())
+            ):
+                _apply_from_below(self, event)
             case _ if self.turns:
                 _apply_to_turn(self, self.turns[-1], event, seq)
             case _:
                 pass
+
+
+def _apply_from_below(run: RunFacts, event: Asks | Answers) -> None:
+    """Take what another agent has asked a person; its calls are told of in its own stream."""
+    match event:
+        case PermissionRequest():
+            run.asked_below[event.request_id] = event
+        case PermissionResponse():
+            asked = run.asked_below.pop(event.request_id, None)
+            if asked is not None and event.granted and event.always:
+                run.granted_below |= {grant(asked.tool_name, asked.rule), asked.operation_hash}
+        case _:
+            pass  # An answer in words allows nothing.
 
 
 def _apply_to_turn(run: RunFacts, turn: Turn, event: Event, seq: int) -> None:
@@ -256,6 +308,18 @@ def _apply_to_call(turn: Turn, event: Event) -> None:
             for call in turn.calls.values():
                 if call.request is not None and call.request.request_id == event.request_id:
                     call.response = event
+        case _:
+            _apply_to_agent(turn, event)
+
+
+def _apply_to_agent(turn: Turn, event: Event) -> None:
+    match event:
+        case AgentSpawn():
+            turn.calls[event.tool_call_id].agent = event
+        case AgentComplete():
+            for call in turn.calls.values():
+                if call.agent is not None and call.agent.agent_id == event.agent_id:
+                    call.complete = event
         case _:
             pass
 
@@ -401,6 +465,7 @@ def grants(runs: Sequence[RunFacts]) -> set[str]:
     for run in runs:
         if run.copied:
             continue
+        allowed |= run.granted_below
         for turn in run.turns:
             for call in turn.calls.values():
                 asked, said = call.request, call.response
@@ -472,3 +537,11 @@ def _parts(turn: Turn) -> Iterator[dict[str, Any]]:
             "isError": call.end.is_error if call.end is not None else None,
             "granted": call.response.granted if call.response is not None else None,
         }
+        if call.agent is not None:
+            yield {
+                "kind": "subagent",
+                "toolCallId": call.id,
+                "agentId": call.agent.agent_id,
+                "name": call.agent.name,
+                "status": call.complete.status if call.complete is not None else "running",
+            }

@@ -104,6 +104,7 @@ class Provider:
         self.disconnected = asyncio.Event()
         self.disconnects = 0
         self._replies: deque[Reply] = deque()
+        self._replies_of: dict[str, deque[Reply]] = {}
         self._arrived = asyncio.Condition()
         self._numbers = itertools.count(1)
         app = web.Application(client_max_size=128 * 2**20)
@@ -140,6 +141,10 @@ class Provider:
     def reply(self, *replies: Reply) -> None:
         """Add answers for the next requests, in their order."""
         self._replies.extend(replies)
+
+    def reply_as(self, model: str, *replies: Reply) -> None:
+        """Add answers for the next requests to one model, whenever they come."""
+        self._replies_of.setdefault(model, deque()).extend(replies)
 
     async def requested(self, count: int = 1) -> list[Asked]:
         """Wait until so many requests have come in all, and return them."""
@@ -178,7 +183,8 @@ class Provider:
         async with self._arrived:
             self.requests.append(asked)
             self._arrived.notify_all()
-        reply = self._replies.popleft() if self._replies else self.default or _echo(asked.body)
+        replies = self._replies_of.get(asked.body["model"]) or self._replies
+        reply = replies.popleft() if replies else self.default or _echo(asked.body)
         calls = [c if c.id else replace(c, id=f"call_{next(self._numbers)}") for c in reply.calls]
         return replace(reply, calls=calls), asked
 

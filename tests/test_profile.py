@@ -37,6 +37,7 @@ FULL = {
         }
     ],
     "execution": {"timeout": "90s", "maxCostUsd": 0.5},
+    "subagents": {"reviewer": {"profile": "careful", "description": "Reads."}},
     "systemPrompt": "Be brief.",
 }
 

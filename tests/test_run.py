@@ -41,17 +41,23 @@ from ownware_gateway.run import (
     RETRY_S_MAX,
     Answered,
     Ask,
+    Begin,
+    Deliver,
     Done,
     EndTurn,
     Finish,
     Limits,
     Question,
+    Recall,
     Refuse,
+    Rest,
     Retry,
     RunTools,
+    Spawn,
     Step,
     Wait,
     after_failure,
+    agent_failed,
     closing,
     next_step,
     tool_end,
@@ -494,6 +500,14 @@ def perform(step: Step, facts: RunFacts) -> list[Event]:
             if isinstance(facts.question(), QuestionRequest):
                 said = Recorder().answers(call_id, "green")
             events += said.run.appends[-1]
+        case Begin(calls) | Deliver(calls):
+            assert turn is not None
+            for call in calls:
+                assert call.agent is not None
+                events.append(agent_failed(turn, call.agent.agent_id, "It is not there."))
+                events.append(tool_end(turn, call, "It is not there.", is_error=True))
+        case Spawn() | Recall() | Rest():
+            raise AssertionError("nobody spawns agents here")
         case EndTurn(ended, reason):
             events.append(turn_end(ended, reason, AT))
         case Finish():

@@ -33,6 +33,11 @@ INBOX: Final = "~approvals"
 CHUNK_BYTES_MAX: Final = 65_536
 
 
+#: What a run without a task waits for: a person's answer, the end of one of its agents, or its turn
+#: to ask a person, which another agent of its thread has now.
+RestsOn = Literal["person", "agents", "line"]
+
+
 class Stream(NamedTuple):
     """Names one stream of events."""
 
@@ -100,6 +105,11 @@ class Run(NamedTuple):
     updated_at: int
     terminal_at: int | None
     cancel_requested_at: int | None
+    #: Whose agent it is, and the name that this one's profile has for it; None for one by itself.
+    parent_run_id: str | None = None
+    name: str | None = None
+    #: What it waits for while it has no task; None where there is something to do.
+    rests_on: RestsOn | None = None
 
     @property
     def terminal(self) -> bool:
@@ -154,13 +164,18 @@ class Permission(NamedTuple):
 
 
 class NewRun(NamedTuple):
-    """What the row of a run starts with; the thread is made if it does not exist."""
+    """What the row of a run starts with; the thread is made if it does not exist.
+
+    One that is another run's agent names that run, and its own name there.
+    """
 
     id: str
     profile_id: str
     model: str
     timeout_ms: int
     title: str
+    parent_run_id: str | None = None
+    name: str | None = None
 
 
 class IdempotencyKey(NamedTuple):
@@ -187,7 +202,8 @@ class KeptStart(NamedTuple):
 class Starts(NamedTuple):
     """Guard: the stream has no unfinished run, the thread was never deleted, the key is new.
 
-    The append makes the run's row, and the thread's unless it `goes_on`: then it must exist.
+    The append makes the run's row, and the thread's unless it `goes_on`: then it must exist. For an
+    agent's run: it has never begun, and the run whose agent it is goes on and is not to stop.
     """
 
     run: NewRun
@@ -197,10 +213,14 @@ class Starts(NamedTuple):
 
 
 class Drives(NamedTuple):
-    """Guard: the run has not ended and its generation is still this one. The engine's own."""
+    """Guard: the run has not ended and its generation is still this one. The engine's own.
+
+    `asks` a person: no other question is open in the thread, whichever agent asked it.
+    """
 
     run_id: str
     generation: int
+    asks: bool = False
 
 
 class Decides(NamedTuple):
@@ -292,6 +312,23 @@ class Log(Protocol):
 
     async def take_over(self, run_id: str) -> Run:
         """Raise the run's generation, so that whoever drove it can write nothing more."""
+        ...
+
+    async def park(self, guard: Drives, rests_on: RestsOn, *, agents: int, cancelled: bool) -> bool:
+        """Note that a run has no task and what it waits for; False when there is something to do.
+
+        That is so when not so many of its agents are under way, when it was asked to stop since
+        (or was not), when nobody is ahead of it in the line, and when no person is asked. Raises
+        Refused when the run is not the caller's any more.
+        """
+        ...
+
+    async def ready(self, thread_id: str) -> list[str]:
+        """Return the unfinished runs of a thread that have something to do, oldest first."""
+        ...
+
+    async def agents_below(self, run_id: str) -> int:
+        """Return how many agents a run, and its agents in turn, have begun."""
         ...
 
     async def charge(self) -> None:
@@ -403,12 +440,18 @@ class Log(Protocol):
         """Return (agent id, last seq) of the thread's streams."""
         ...
 
+    async def agent_runs(self, thread_id: str) -> dict[str, Run]:
+        """Return the latest run of each of the thread's agents, by the agent's id."""
+        ...
+
     async def permission(self, request_id: str) -> Permission | None:
         """Return a question to a person."""
         ...
 
-    async def pending(self, *, run_id: str | None = None) -> list[Permission]:
-        """Return the undecided questions, of one run or of all, oldest first."""
+    async def pending(
+        self, *, run_id: str | None = None, thread_id: str | None = None
+    ) -> list[Permission]:
+        """Return the undecided questions, of a run, of a thread or of all, oldest first."""
         ...
 
     async def healthy(self) -> str | None:

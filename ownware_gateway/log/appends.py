@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 from ownware_gateway.events import (
-    ANSWERING,
+    ASKED,
     ASKING,
     DELTAS,
+    AgentComplete,
+    AgentSpawn,
     Asks,
     Event,
     Fallback,
@@ -46,9 +48,6 @@ from ownware_gateway.log.group import GroupConnection, numbered
 KEYS_KEPT_MS: Final = 8 * 86_400_000
 
 INBOX_STREAM: Final = Stream(INBOX)
-
-#: What the stream over all threads shows.
-_TOLD: Final = ASKING | ANSWERING
 
 
 class Appending:
@@ -91,26 +90,44 @@ class Appending:
         for place, event in self._facts:
             row = {"run_id": run_id, "seq": records[place].seq, "now": now}
             _change_rows(connection, event, row)
-        self._tell_inbox(connection, run_id)
+        self._tell_others(connection, run_id, now)
         if isinstance(self._guard, Starts):
             self.started = connection.find_run(run_id)
 
-    def _tell_inbox(self, connection: GroupConnection, run_id: str) -> None:
-        """Copy what people are asked, and their answers, to the stream over all threads."""
+    def _tell_others(self, connection: GroupConnection, run_id: str, now: int) -> None:
+        """Copy what people are asked, and their answers, to where people look.
+
+        That is the stream over all threads, and those of the agents that this one works for.
+        """
         asked = [
             (kind, body)
             for kind, body in zip(self._types, self._payloads, strict=True)
-            if kind in _TOLD
+            if kind in ASKED
         ]
         if not asked:
             return
-        names = {"threadId": self._stream.thread_id, "agentId": self._stream.agent_id}
-        where = json.dumps({**names, "runId": run_id}).encode()
-        bodies = [b"%b,%b" % (body[:-1], where[1:]) for _, body in asked]
-        key, head = connection.find_stream(INBOX_STREAM)
-        records = numbered(head, [kind for kind, _ in asked], bodies)
+        agent = {"agentId": self._stream.agent_id}
+        names = {"threadId": self._stream.thread_id, **agent, "runId": run_id}
+        self._copy(connection, INBOX_STREAM, asked, names)
+        change = "agent_waits" if asked[-1][0] in ASKING else "agent_goes_on"
+        for above_id, *stream in connection.all("agents_above", run_id):
+            self._copy(connection, Stream(*stream), asked, agent)
+            connection.run(change, run_id=above_id, now=now)
+
+    def _copy(
+        self,
+        connection: GroupConnection,
+        stream: Stream,
+        events: Sequence[tuple[str, bytes]],
+        names: dict[str, str],
+    ) -> None:
+        """Append events of this stream to another one, with where they come from."""
+        where = json.dumps(names).encode()
+        bodies = [b"%b,%b" % (body[:-1], where[1:]) for _, body in events]
+        key, head = connection.find_stream(stream)
+        records = numbered(head, [kind for kind, _ in events], bodies)
         connection.store(key, records)
-        self.appended.append((INBOX_STREAM, records))
+        self.appended.append((stream, records))
 
 
 def _enter(
@@ -122,6 +139,8 @@ def _enter(
         row = connection.one("fence", guard.run_id)
         if row is None or row[1] or row[0] != guard.generation:
             raise Refused(connection.find_run(guard.run_id))
+        if guard.asks and (asked := connection.open_question(guard.run_id)) is not None:
+            raise Refused(asked)
         return guard.run_id, row[2], row[3]
     run_id = _admit(connection, stream, guard, now)
     return run_id, *connection.find_stream(stream)
@@ -161,17 +180,21 @@ def _start(connection: GroupConnection, stream: Stream, guard: Starts, now: int)
         raise Refused(Tombstone(*row))
     if (active := connection.active_run(stream)) is not None:
         raise Refused(active)
+    if guard.run.parent_run_id is not None:
+        _check_parent(connection, guard.run.id, guard.run.parent_run_id)
     if guard.goes_on and not _is_thread(connection, stream.thread_id):
         raise Refused(None)
     run = guard.run
-    connection.run(
-        "add_thread",
-        id=stream.thread_id,
-        title=run.title,
-        profile_id=run.profile_id,
-        model=run.model,
-        now=now,
-    )
+    if run.parent_run_id is None:
+        # A thread says of itself what its own agent is, and not what this one calls in.
+        connection.run(
+            "add_thread",
+            id=stream.thread_id,
+            title=run.title,
+            profile_id=run.profile_id,
+            model=run.model,
+            now=now,
+        )
     connection.run("add_stream", stream.agent_id, stream.thread_id)
     _, head = connection.find_stream(stream)
     connection.run(
@@ -184,6 +207,8 @@ def _start(connection: GroupConnection, stream: Stream, guard: Starts, now: int)
         timeout_ms=run.timeout_ms,
         start_seq=head,
         now=now,
+        parent_run_id=run.parent_run_id,
+        agent_name=run.name,
     )
     if guard.key is not None:
         key, fallback = guard.key, guard.fallback
@@ -192,6 +217,15 @@ def _start(connection: GroupConnection, stream: Stream, guard: Starts, now: int)
         connection.run(
             "keep_start", key.caller, key.route, key.key, key.fingerprint, run.id, said, now
         )
+
+
+def _check_parent(connection: GroupConnection, run_id: str, parent_run_id: str) -> None:
+    """Refuse an agent's run that has begun before, or whose own run ends."""
+    if (begun := connection.find_run(run_id)) is not None:
+        raise Refused(begun)
+    parent = connection.find_run(parent_run_id)
+    if parent is None or parent.terminal or parent.cancel_requested_at is not None:
+        raise Refused(parent)
 
 
 def _is_thread(connection: GroupConnection, thread_id: str) -> bool:
@@ -238,12 +272,19 @@ def _change_rows(connection: GroupConnection, event: Event, row: dict[str, Any])
                 decided_by=event.decided_by,
             )
             connection.run("run_goes_on", **row)
+            connection.run("line_moves", **row)
         case RunCancel():
             connection.run("run_cancel", **row)
         case SessionEnd():
             usage = event.total_usage.model_dump_json()
             connection.run("run_ends", **row, status=event.status, code=event.code, usage=usage)
+            connection.run("parent_goes_on", **row)
             connection.run("touch_thread", **row)
+        case AgentSpawn():
+            # So that it can be followed as soon as it is heard of.
+            connection.run("stream_of_agent", **row, agent_id=event.agent_id)
+        case AgentComplete(usage=Usage() as used):
+            _add_usage(connection, row, used)
         case _:
             pass
 

@@ -161,6 +161,11 @@ class GroupConnection(sqlite3.Connection):
         ).fetchone()
         return None if row is None else run_of(row)
 
+    def open_question(self, run_id: str) -> Permission | None:
+        """Return what a person is asked now in the thread of a run, whichever agent asks."""
+        row = self.one("asked_in_thread", run_id)
+        return None if row is None else self.find_permission(row[0])
+
     def find_permission(self, request_id: str) -> Permission | None:
         """Return the question as this transaction sees it."""
         row = self.execute(PERMISSION_BY_ID, (request_id,)).fetchone()
@@ -198,7 +203,7 @@ def run_of(row: Sequence[Any]) -> Run:
     """Return the run in a row of `run_columns`."""
     fields = list(row[:19])
     fields[13] = Usage.model_validate_json(fields[13])
-    return Run(*fields)
+    return Run(*fields, *row[20:23])
 
 
 def permission_of(row: Sequence[Any]) -> Permission:

@@ -24,12 +24,15 @@ from ownware_gateway.log import (
     ROOT,
     Append,
     Chunk,
+    Drives,
     Gone,
     Head,
     IdempotencyKey,
     KeptStart,
     Permission,
     Record,
+    Refused,
+    RestsOn,
     Retention,
     Run,
     RunQuery,
@@ -69,6 +72,11 @@ _SQL: Final = statements()
 #: Named, for the planner goes over every run there ever was to have them in the order of the table.
 _UNFINISHED_COLUMNS: Final = _SQL["run_columns"].replace(
     "FROM runs", "FROM runs INDEXED BY one_run_at_a_time"
+)
+
+#: Named for the same reason: a thread may have had very many runs.
+_PENDING_IN_THREAD_COLUMNS: Final = _SQL["permission_columns"].replace(
+    "JOIN runs", "JOIN runs INDEXED BY one_run_at_a_time"
 )
 
 _log: Final = logging.getLogger(__name__)
@@ -169,6 +177,27 @@ class SqliteLog:
         run = await self._writer.do(do)
         assert run is not None
         return run
+
+    async def park(self, guard: Drives, rests_on: RestsOn, *, agents: int, cancelled: bool) -> bool:
+        """Note that a run has no task, and what it waits for; False if it has something to do."""
+        seen = {"rests_on": rests_on, "agents": agents, "cancelled": cancelled}
+
+        def do(connection: GroupConnection, _: int) -> bool:
+            row = connection.one("fence", guard.run_id)
+            if row is None or row[1] or row[0] != guard.generation:
+                raise Refused(connection.find_run(guard.run_id))
+            return connection.run("park", run_id=guard.run_id, **seen) > 0
+
+        return await self._writer.do(do)
+
+    async def ready(self, thread_id: str) -> list[str]:
+        """Return the unfinished runs of a thread that have something to do, oldest first."""
+        return [run_id for (run_id,) in await self._rows(_SQL["ready"], (thread_id,))]
+
+    async def agents_below(self, run_id: str) -> int:
+        """Return how many agents a run, and its agents in turn, have begun."""
+        ((count,),) = await self._rows(_SQL["agents_below"], (run_id,))
+        return int(count)
 
     async def charge(self) -> None:
         """Count a death for every run that was under way when the last process ended."""
@@ -422,17 +451,35 @@ class SqliteLog:
         """Return (agent id, last seq) of the thread's streams."""
         return [(agent, head) for agent, head in await self._rows(_SQL["agents"], (thread_id,))]
 
+    async def agent_runs(self, thread_id: str) -> dict[str, Run]:
+        """Return the latest run of each of the thread's agents, by the agent's id."""
+        runs = f"{_SQL['run_columns']} WHERE threads.id = ?"
+        spawned = await self._rows(f"{runs} AND runs.parent_key IS NOT NULL", (thread_id,))
+        # The thread's own may have had very many; one that was spawned has one.
+        own = f"{runs} AND runs.parent_key IS NULL ORDER BY runs.key DESC LIMIT 1"
+        return {row[2]: run_of(row) for row in [*spawned, *await self._rows(own, (thread_id,))]}
+
     async def permission(self, request_id: str) -> Permission | None:
         """Return a question to a person."""
         rows = await self._rows(PERMISSION_BY_ID, (request_id,))
         return permission_of(rows[0]) if rows else None
 
-    async def pending(self, *, run_id: str | None = None) -> list[Permission]:
-        """Return the undecided questions, of one run or of all, oldest first."""
-        where = " WHERE permissions.granted IS NULL" + (" AND runs.id = ?" if run_id else "")
+    async def pending(
+        self, *, run_id: str | None = None, thread_id: str | None = None
+    ) -> list[Permission]:
+        """Return the undecided questions, of a run, of a thread or of all, oldest first."""
+        where = " WHERE permissions.granted IS NULL"
+        values: list[str] = []
+        if run_id is not None:
+            where += " AND runs.id = ?"
+            values.append(run_id)
+        if thread_id is not None:
+            where += " AND threads.id = ? AND runs.terminal_at IS NULL"
+            values.append(thread_id)
+        columns = _PENDING_IN_THREAD_COLUMNS if thread_id else _SQL["permission_columns"]
         # Sorted afterwards (+): in the order of the table every question ever asked is gone over.
-        sql = f"{_SQL['permission_columns']}{where} ORDER BY +permissions.key"
-        return [permission_of(row) for row in await self._rows(sql, (run_id,) if run_id else ())]
+        sql = f"{columns}{where} ORDER BY +permissions.key"
+        return [permission_of(row) for row in await self._rows(sql, values)]
 
     async def healthy(self) -> str | None:
         """Return None when the log can write, otherwise a sentence that says what is wrong."""

@@ -29,7 +29,7 @@ REST_S: Final = 1.0
 CHUNKS_MAX: Final = 16
 
 #: After one of these a stream may be silent for long.
-_RESTS: Final = ASKING | {"session.end"}
+_RESTS: Final = ASKING | {"agent.spawn", "session.end"}
 
 #: What a run's last event can be: what was removed may have held its end.
 _MAY_END_A_RUN: Final = frozenset({"session.end", "stream.gap"})

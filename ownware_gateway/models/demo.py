@@ -4,8 +4,8 @@ It follows simple patterns, and says so. These are what it understands in the la
 
 - `list files [in FOLDER]`, `ls`; `read NAME`; `find NAME`; `search TEXT [in PATH]`;
   `write NAME: TEXT`, `create a file NAME with TEXT`; `replace OLD with NEW in NAME`;
-  `run: COMMAND`, ``run `COMMAND` ``, `$ COMMAND`; `ask me: QUESTION [OPTION, OPTION]`: it calls
-  that tool, then quotes the result.
+  `run: COMMAND`, ``run `COMMAND` ``, `$ COMMAND`; `ask me: QUESTION [OPTION, OPTION]`;
+  `ask AGENT to TASK`: it calls that tool, then quotes the result.
 - ` and also ` between them: parallel calls. `; then ` between them: one turn after the other.
 - `count to N`, `slowly count to N`: as many deltas. `think about X`: reasoning first.
 - `my name is X`, later `what is my name?`; `what did I say?`: it answers from the conversation.
@@ -74,6 +74,7 @@ _CALLS: Final = tuple(
         (r"run `(?P<command>[^`]+)`[.!]?", "shell_execute"),
         (r"\$ (?P<command>.+)", "shell_execute"),
         (r"ask me: ?(?P<question>.+?)(?: \[(?P<options>[^][]+)\])?", "ask_user"),
+        (r"ask (?P<agent>[\w-]+) to (?P<task>.+)", "spawn_agent"),
     )
 )
 _COUNT: Final = re.compile(r"(?:please )?(?P<slow>slowly )?count to (?P<n>\d{1,9})[.!]?", _FLAGS)

@@ -21,6 +21,12 @@ POLICIES_MAX: Final = 200
 #: Stands between the name of an MCP server or a service and its tool's: `server__tool`.
 SEPARATOR: Final = "__"
 
+#: The tool that spawns an agent's sub-agents; there is one where its profile names some.
+SPAWN: Final = "spawn_agent"
+
+#: Most sub-agents that a profile names.
+SUBAGENTS_MAX: Final = 16
+
 Preset = Literal["full", "coding", "readonly", "none"]
 PermissionMode = Literal["auto", "ask", "deny", "allowlist"]
 
@@ -69,6 +75,13 @@ class Execution(Strict):
     max_cost_usd: float | None = Field(default=None, gt=0, allow_inf_nan=False)
 
 
+class Subagent(Strict):
+    """An agent that another one may spawn: whose profile it is, and when to use it."""
+
+    profile: str = Field(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    description: str = Field(default="", max_length=1000)
+
+
 class Profile(Strict):
     """An agent as its files describe it."""
 
@@ -83,6 +96,7 @@ class Profile(Strict):
     security: Security = Field(default_factory=Security)
     policies: list[Policy] = Field(default_factory=list, max_length=POLICIES_MAX)
     execution: Execution = Field(default_factory=Execution)
+    subagents: dict[ServerName, Subagent] = Field(default_factory=dict, max_length=SUBAGENTS_MAX)
     system_prompt: str = ""
     #: The text of SOUL.md, and where the files are; neither stands in agent.json.
     soul: str = Field(default="", exclude=True)

@@ -2,11 +2,11 @@
 
 import difflib
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
-from ownware_gateway.profile import SEPARATOR, Profile
+from ownware_gateway.profile import SEPARATOR, SPAWN, Profile
 from ownware_gateway.profile.rules import SHELL, Policy
 
 
@@ -36,6 +36,9 @@ def wrong_name(profile: Profile, known: Known) -> str | None:
             f"The fields 'tools.mcp' and 'tools.services' both have {both[0]!r}: of which of them "
             f"would {both[0]}{SEPARATOR}tool be?"
         )
+    if profile.subagents:
+        spawn: Mapping[str, Mapping[str, Any]] = {SPAWN: {"agent": {}, "task": {}}}
+        known = replace(known, tools={**known.tools, **spawn})
     servers = _servers_named(profile, known)
     for field in ("allow", "deny"):
         for name in getattr(profile.tools, field):

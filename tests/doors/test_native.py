@@ -43,6 +43,7 @@ RUN_FIELDS: Final = {
     "runId",
     "threadId",
     "agentId",
+    "parentRunId",
     "profileId",
     "model",
     "status",
@@ -310,9 +311,8 @@ async def test_a_thread_is_made_empty_and_filled_by_a_run(site: Site) -> None:
     assert (thread["status"], thread["activeRunId"]) == ("idle", None)
     assert await site.get(f"/threads/{thread['id']}") == thread
     assert await site.get(f"/threads/{thread['id']}/messages") == []
-    assert (await site.get(f"/threads/{thread['id']}/agents"))["agents"] == [
-        {"agentId": "root", "maxSeq": 0}
-    ]
+    (root,) = (await site.get(f"/threads/{thread['id']}/agents"))["agents"]
+    assert (root["agentId"], root["status"], root["maxSeq"]) == ("root", None, 0)
     await site.whole_run("hello", threadId=thread["id"])
     filled = await site.get(f"/threads/{thread['id']}")
     assert (filled["title"], filled["model"]) == ("Käse", DEMO_ID)
@@ -373,7 +373,17 @@ async def test_a_thread_names_its_agents(site: Site) -> None:
     assert await site.get(f"/threads/{run['threadId']}/agents") == {
         "threadId": run["threadId"],
         "count": 1,
-        "agents": [{"agentId": "root", "maxSeq": ended["endSeq"]}],
+        "agents": [
+            {
+                "agentId": "root",
+                "parentAgentId": None,
+                "name": None,
+                "profileId": "assistant",
+                "runId": run["runId"],
+                "status": "succeeded",
+                "maxSeq": ended["endSeq"],
+            }
+        ],
     }
 
 

@@ -75,6 +75,8 @@ MAY_SCAN: Final = {
     "run_columns": "the beginning of statements; whole ones are looked at as they are executed",
     "thread_columns": "the same",
     "permission_columns": "the same",
+    "agents_above": "what it has found itself: as many as agents are deep",
+    "agents_below": "what it has found itself: as many as a run may spawn",
 }
 
 #: Lists of everything go over a table in its order, and stop after a page.

@@ -64,6 +64,12 @@ class Served:
         write_profile(
             self.profiles, "free", model="demo:assistant", security={"permissionMode": "auto"}
         )
+        write_profile(
+            self.profiles,
+            "tree",
+            model="demo:assistant",
+            subagents={"reader": {"profile": "free"}, "writer": {"profile": "asks"}},
+        )
 
     def arm(self, point: str, passes: int = 1) -> None:
         """Have the process kill itself when it passes a named point for so many times."""
@@ -279,14 +285,15 @@ def rows(data: Path, sql: str, *values: object) -> list[Any]:
         return database.execute(sql, values).fetchall()
 
 
-def transcript(data: Path, thread_id: str, epoch: str) -> list[bytes]:
+def transcript(data: Path, thread_id: str, epoch: str, agent_id: str = "root") -> list[bytes]:
     """Return a thread's frames as the log's rows say they are."""
     found = rows(
         data,
         "SELECT seq, type, payload FROM events WHERE stream_key = (SELECT streams.key FROM streams "
-        "JOIN threads ON threads.key = thread_key WHERE threads.id = ? AND agent_id = 'root') "
+        "JOIN threads ON threads.key = thread_key WHERE threads.id = ? AND agent_id = ?) "
         "ORDER BY seq",
         thread_id,
+        agent_id,
     )
     return [sse.frame(f"{epoch}.{seq}", kind, payload) for seq, kind, payload in found]
 

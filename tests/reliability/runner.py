@@ -19,6 +19,7 @@ from ownware_gateway import app
 from ownware_gateway.approvals import Approvals
 from ownware_gateway.engine import Engine
 from ownware_gateway.log.group import GroupConnection
+from ownware_gateway.log.sqlite import SqliteLog
 from ownware_gateway.log.tail import Tails
 from ownware_gateway.tools import Context, Output, Tool
 
@@ -112,6 +113,8 @@ class Points:
             (Engine, "start"),
             (Engine, "cancel"),
             (Engine, "recover"),
+            (Engine, "begin"),
+            (SqliteLog, "park"),
             (Approvals, "decide"),
         ):
             setattr(owner, name, self.around(name, getattr(owner, name)))

@@ -103,6 +103,27 @@ async def test_a_run_that_kills_the_process_three_times_ends_and_its_neighbours_
         assert deaths[waiting["runId"]] == 0
 
 
+@pytest.mark.timeout(90)
+async def test_an_agent_that_kills_the_process_three_times_ends_and_is_told_of_as_failed(
+    http: Http, provider: Provider, tmp_path: Path
+) -> None:
+    provider.default = POISON
+    async with serving(tmp_path, provider) as gateway:
+        subagents = {"poison": {"profile": "scripted"}}
+        write_profile(gateway.profiles, "calls", model="demo:assistant", subagents=subagents)
+        run = await start(http, gateway, "ask poison to go", "calls")
+        follower = Follower(http, gateway, run)
+        (end,) = await ends(follower)
+        assert end["status"] == "succeeded"
+        assert gateway.deaths == [-9] * 3
+        (complete,) = [event for event in follower.events if event["type"] == "agent.complete"]
+        assert (complete["status"], complete["error"]) == ("error", "crash_loop")
+        check_truth(gateway.data, follower)
+        deaths = dict(rows(gateway.data, "SELECT agent_id = 'root', deaths FROM runs"))
+        assert deaths[0] == 3
+        assert deaths[1] <= 1, "who waits for it is not charged"
+
+
 async def test_a_gateway_that_is_told_to_stop_charges_nobody(
     start_gateway: Gateways, http: Http, provider: Provider, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,6 +14,7 @@ from ownware_gateway import __version__
 from ownware_gateway.approvals import Decision
 from ownware_gateway.auth import CALLER, LIMITED
 from ownware_gateway.doors.native.answers import (
+    agent_shape,
     answer,
     answer_to,
     model_shape,
@@ -46,7 +47,18 @@ from ownware_gateway.doors.native.servers import ServerHandlers
 from ownware_gateway.doors.native.services import ServiceHandlers
 from ownware_gateway.engine import Engine, StartRun, deleted
 from ownware_gateway.errors import GatewayError
-from ownware_gateway.log import INBOX, Head, Log, Refused, Run, RunQuery, Stream, ThreadQuery
+from ownware_gateway.log import (
+    INBOX,
+    ROOT,
+    Head,
+    Log,
+    Permission,
+    Refused,
+    Run,
+    RunQuery,
+    Stream,
+    ThreadQuery,
+)
 from ownware_gateway.mcp import Servers
 from ownware_gateway.models import Catalogue
 from ownware_gateway.profile.folder import Profiles
@@ -183,16 +195,21 @@ class Native(ServerHandlers, ServiceHandlers):
         found = await self._log.runs(
             RunQuery(status, values.get("threadId"), before and int(before), limit)
         )
-        items = [
-            run_shape(run, await self._log.pending(run_id=run.id) if not run.terminal else [])
-            for _, run in found
-        ]
+        items = [run_shape(run, await self._pending(run)) for _, run in found]
         return answer({"items": items, "nextCursor": _next([str(key) for key, _ in found], limit)})
 
     async def run(self, request: web.Request) -> web.Response:
         """Show a run."""
         run = await self._find_run(request)
-        return answer(run_shape(run, await self._log.pending(run_id=run.id)))
+        return answer(run_shape(run, await self._pending(run)))
+
+    async def _pending(self, run: Run) -> list[Permission]:
+        """Return what a run waits for: the question of an agent, too, that works for it."""
+        if run.terminal:
+            return []
+        if run.agent_id == ROOT:
+            return await self._log.pending(thread_id=run.thread_id)
+        return await self._log.pending(run_id=run.id)
 
     async def cancel(self, request: web.Request) -> web.Response:
         """Ask a run to stop."""
@@ -334,8 +351,10 @@ class Native(ServerHandlers, ServiceHandlers):
     async def agents(self, request: web.Request) -> web.Response:
         """List the agents that have a stream in a thread."""
         thread_id = await self._find_thread_id(request)
+        runs = await self._log.agent_runs(thread_id)
+        agents_of = {run.id: run.agent_id for run in runs.values()}
         agents = [
-            {"agentId": agent_id, "maxSeq": head}
+            agent_shape(agent_id, head, runs.get(agent_id), agents_of)
             for agent_id, head in await self._log.agents(thread_id)
         ]
         return answer({"threadId": thread_id, "count": len(agents), "agents": agents})
@@ -350,7 +369,8 @@ class Native(ServerHandlers, ServiceHandlers):
     async def _thread_plan(self, request: web.Request) -> Plan:
         values = query(request, "since", "follow")
         stream, head = await self._find_stream(request)
-        follow = flag(values, "follow", default=True)
+        # An agent that was spawned has one run, and nothing follows that.
+        follow = flag(values, "follow", default=True) and stream.agent_id == ROOT
         return await self._from(request, Plan(stream, head, head.earliest - 1, follow=follow))
 
     async def _from(self, request: web.Request, plan: Plan) -> Plan:
@@ -419,7 +439,7 @@ class Native(ServerHandlers, ServiceHandlers):
             answer=answer_of(body),
         )
         asked = await self._engine.approvals.decide(thread_id, body.request_id, decision)
-        pending = await self._log.pending(run_id=asked.run_id)
+        pending = await self._log.pending(thread_id=thread_id)
         return answer(
             {
                 "threadId": thread_id,
@@ -436,7 +456,7 @@ class Native(ServerHandlers, ServiceHandlers):
         request_id = path_id(request, "request_id")
         body = await read_body(request, DecisionBody)
         found = await self._log.permission(request_id)
-        if found is None or found.run_id != run.id:
+        if found is None or not await self._works_for(found.run_id, run):
             raise GatewayError(
                 "permission_request_not_found", f"The run has no question {request_id!r}."
             )
@@ -509,6 +529,14 @@ class Native(ServerHandlers, ServiceHandlers):
         return answer({"ready": ready, "missing": missing}, 200 if ready else 503)
 
     # -- finding things
+
+    async def _works_for(self, run_id: str, run: Run) -> bool:
+        """Whether a run is this one, or an agent's that works for it."""
+        found: str | None = run_id
+        while found is not None and found != run.id:
+            above = await self._log.run(found)
+            found = above.parent_run_id if above is not None else None
+        return found is not None
 
     async def _find_run(self, request: web.Request) -> Run:
         run_id = path_id(request, "run_id")

@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import uuid
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any, Final
 
@@ -11,7 +12,7 @@ from aiohttp import web
 from pydantic.alias_generators import to_camel
 
 from ownware_gateway.errors import GatewayError
-from ownware_gateway.log import Permission, Run, Thread
+from ownware_gateway.log import ROOT, Permission, Run, Thread
 from ownware_gateway.masking import Masker
 from ownware_gateway.models import ModelInfo
 from ownware_gateway.profile import Profile
@@ -92,6 +93,7 @@ def run_shape(run: Run, pending: list[Permission]) -> dict[str, Any]:
         "runId": run.id,
         "threadId": run.thread_id,
         "agentId": run.agent_id,
+        "parentRunId": run.parent_run_id,
         "profileId": run.profile_id,
         "model": run.model,
         "status": run.status,
@@ -107,6 +109,21 @@ def run_shape(run: Run, pending: list[Permission]) -> dict[str, Any]:
         "code": run.code,
         "usage": run.usage.model_dump(),
         "pendingPermissions": [permission_shape(item) for item in pending],
+    }
+
+
+def agent_shape(
+    agent_id: str, head: int, run: Run | None, agents: Mapping[str, str]
+) -> dict[str, Any]:
+    """Return an agent that has a stream; `agents` tells whose the thread's runs are."""
+    return {
+        "agentId": agent_id,
+        "parentAgentId": agents.get(run.parent_run_id or "", ROOT) if run and run.name else None,
+        "name": run.name if run is not None else None,
+        "profileId": run.profile_id if run is not None else None,
+        "runId": run.id if run is not None else None,
+        "status": run.status if run is not None else None,
+        "maxSeq": head,
     }
 
 

@@ -41,8 +41,9 @@ UPDATE streams SET head = ? WHERE key = ?;
 
 -- add_run --
 INSERT INTO runs (id, thread_key, agent_id, profile_id, model, status, start_seq, timeout_ms,
-                  accepted_at, updated_at)
-SELECT :id, key, :agent_id, :profile_id, :model, 'accepted', :start_seq, :timeout_ms, :now, :now
+                  accepted_at, updated_at, parent_key, name)
+SELECT :id, key, :agent_id, :profile_id, :model, 'accepted', :start_seq, :timeout_ms, :now, :now,
+       (SELECT key FROM runs WHERE id = :parent_run_id), :agent_name
 FROM threads WHERE id = :thread_id;
 
 -- fence --
@@ -53,6 +54,70 @@ WHERE runs.id = ?;
 
 -- take_over --
 UPDATE runs SET generation = generation + 1, under_way = 1 WHERE id = ? AND terminal_at IS NULL;
+
+-- park --
+-- The run rests, if nothing has happened that whoever drives it has not seen.
+UPDATE runs SET rests_on = :rests_on, under_way = 0
+WHERE id = :run_id AND (cancel_requested_at IS NOT NULL) = :cancelled
+  AND (SELECT count(*) FROM runs AS child
+       WHERE child.parent_key = runs.key AND child.terminal_at IS NULL) = :agents
+  AND (:rests_on <> 'line'
+       OR EXISTS (SELECT 1 FROM runs AS other INDEXED BY one_run_at_a_time
+                  JOIN permissions ON permissions.run_key = other.key
+                  WHERE other.thread_key = runs.thread_key AND other.terminal_at IS NULL
+                    AND permissions.granted IS NULL))
+  AND (:rests_on <> 'person'
+       OR EXISTS (SELECT 1 FROM permissions WHERE run_key = runs.key AND granted IS NULL));
+
+-- parent_goes_on --
+UPDATE runs SET rests_on = NULL, under_way = 1
+WHERE key = (SELECT parent_key FROM runs WHERE id = :run_id) AND terminal_at IS NULL;
+
+-- line_moves --
+UPDATE runs INDEXED BY one_run_at_a_time SET rests_on = NULL, under_way = 1
+WHERE thread_key = (SELECT thread_key FROM runs WHERE id = :run_id)
+  AND terminal_at IS NULL AND rests_on = 'line';
+
+-- ready --
+SELECT id FROM runs INDEXED BY one_run_at_a_time
+WHERE thread_key = (SELECT key FROM threads WHERE id = ?)
+  AND terminal_at IS NULL AND rests_on IS NULL ORDER BY key;
+
+-- asked_in_thread --
+-- The question that is open in the thread of a run, whichever of its agents asks.
+SELECT permissions.request_id
+FROM runs INDEXED BY one_run_at_a_time JOIN permissions ON permissions.run_key = runs.key
+WHERE runs.thread_key = (SELECT thread_key FROM runs WHERE id = ?)
+  AND runs.terminal_at IS NULL AND permissions.granted IS NULL LIMIT 1;
+
+-- agents_above --
+WITH RECURSIVE above (key, depth) AS (
+    SELECT parent_key, 1 FROM runs WHERE id = ?
+    UNION ALL
+    SELECT runs.parent_key, depth + 1 FROM runs JOIN above ON runs.key = above.key
+)
+SELECT runs.id, threads.id, runs.agent_id
+FROM above JOIN runs ON runs.key = above.key JOIN threads ON threads.key = runs.thread_key
+ORDER BY depth;
+
+-- agents_below --
+WITH RECURSIVE below (key) AS (
+    SELECT key FROM runs WHERE id = ?
+    UNION ALL
+    SELECT runs.key FROM runs JOIN below ON runs.parent_key = below.key
+)
+SELECT count(*) - 1 FROM below;
+
+-- stream_of_agent --
+INSERT INTO streams (thread_key, agent_id)
+SELECT thread_key, :agent_id FROM runs WHERE id = :run_id
+ON CONFLICT DO NOTHING;
+
+-- agent_waits --
+UPDATE runs SET status = 'waiting', updated_at = :now WHERE id = :run_id AND status = 'running';
+
+-- agent_goes_on --
+UPDATE runs SET status = 'running', updated_at = :now WHERE id = :run_id AND status = 'waiting';
 
 -- charge --
 UPDATE runs SET deaths = deaths + 1 WHERE terminal_at IS NULL AND under_way;
@@ -89,15 +154,16 @@ WHERE id = :run_id AND status = 'accepted';
 UPDATE runs SET usage = :usage, updated_at = :now WHERE id = :run_id;
 
 -- run_waits --
-UPDATE runs SET status = 'waiting', under_way = 0, updated_at = :now
+UPDATE runs SET status = 'waiting', under_way = 0, rests_on = 'person', updated_at = :now
 WHERE id = :run_id AND status = 'running';
 
 -- run_goes_on --
-UPDATE runs SET status = 'running', under_way = 1, updated_at = :now
+UPDATE runs SET status = 'running', under_way = 1, rests_on = NULL, updated_at = :now
 WHERE id = :run_id AND status = 'waiting';
 
 -- run_cancel --
-UPDATE runs SET status = 'cancel_requested', cancel_requested_at = :now, updated_at = :now
+UPDATE runs SET status = 'cancel_requested', cancel_requested_at = :now, updated_at = :now,
+                rests_on = NULL
 WHERE id = :run_id;
 
 -- run_ends --
@@ -153,8 +219,9 @@ WHERE threads.id = ? ORDER BY streams.key;
 SELECT runs.id, threads.id, runs.agent_id, runs.profile_id, runs.model, runs.status, runs.code,
        runs.generation, runs.start_seq, runs.end_seq, runs.timeout_ms, runs.active_ms, runs.deaths,
        runs.usage, runs.accepted_at, runs.started_at, runs.updated_at, runs.terminal_at,
-       runs.cancel_requested_at, runs.key
-FROM runs JOIN threads ON threads.key = runs.thread_key;
+       runs.cancel_requested_at, runs.key, parent.id, runs.name, runs.rests_on
+FROM runs JOIN threads ON threads.key = runs.thread_key
+LEFT JOIN runs AS parent ON parent.key = runs.parent_key;
 
 -- thread_columns --
 SELECT threads.id, threads.profile_id, threads.model, threads.title, threads.created_at,
@@ -261,6 +328,9 @@ SELECT runs.key, streams.key, runs.start_seq, runs.end_seq
 FROM runs
 JOIN streams ON streams.thread_key = runs.thread_key AND streams.agent_id = runs.agent_id
 WHERE runs.terminal_at < :before AND runs.pruned = :pruned
+  -- What a run has said to one that has not ended is still to be told there.
+  AND (runs.parent_key IS NULL
+       OR (SELECT terminal_at FROM runs AS parent WHERE parent.key = runs.parent_key) IS NOT NULL)
 ORDER BY runs.terminal_at LIMIT :limit;
 
 -- run_pruned --
