@@ -52,6 +52,7 @@ class Agents:
         self._above = assignment.above
         self._family = assignment.family
         self._facts = assignment.history[-1]
+        self._ends_at = assignment.ends_at
         self._calls = calls
         self._store = store
 
@@ -113,6 +114,7 @@ class Agents:
             model=profile.model,
             task=self._parts.masker.text(arguments["task"]),
             time_left_ms=max(left_ms, 1),
+            ends_at=self._ends_at,
             max_cost_usd=min((cost for cost in (own, share) if cost is not None), default=None),
             turn_index=self._turn.index,
         )
@@ -290,10 +292,13 @@ async def thread_grants(log: Log, thread_id: str) -> frozenset[str]:
     return frozenset(allowed)
 
 
-def narrowed(profile: Profile, spawn: AgentSpawn) -> Profile:
+def narrowed(profile: Profile, spawn: AgentSpawn, now_ms: int) -> Profile:
     """Return a profile that takes no more time and money than the agent above has left for it."""
     own = profile.execution
     limits: dict[str, Any] = {"timeout": min(own.timeout, spawn.time_left_ms)}
+    if spawn.ends_at is not None:
+        left_ms = max(spawn.ends_at - now_ms, 1)
+        limits["max_wall_time"] = min(own.max_wall_time or left_ms, left_ms)
     if spawn.max_cost_usd is not None:
         limits["max_cost_usd"] = min(own.max_cost_usd or spawn.max_cost_usd, spawn.max_cost_usd)
     return profile.model_copy(update={"execution": own.model_copy(update=limits)})

@@ -8,11 +8,12 @@ import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 
+from ownware_gateway.budgets import Budgets
 from ownware_gateway.events import (
     AgentSpawn,
     Asks,
@@ -127,10 +128,17 @@ class Assignment:
     profile: Profile
     profile_now: Profile
     dispatch: Dispatch
-    history: Sequence[RunFacts]
+    history: list[RunFacts]
     family: Family
     restarted: bool = False
     above: Sequence[Above] = ()
+    budgets: Budgets = field(kw_only=True)
+
+    @property
+    def ends_at(self) -> int | None:
+        """When the run has taken all the time by the clock that it may, in ms; None for never."""
+        wall_ms = self.profile.execution.max_wall_time
+        return None if wall_ms is None else self.run.accepted_at + wall_ms
 
 
 async def load_checks() -> None:
@@ -169,6 +177,7 @@ class Calls:
         self._history = assignment.history
         self._facts = assignment.history[-1]
         self._store = store
+        self._ends_at = assignment.ends_at
         self._loop = asyncio.get_running_loop()
 
     async def connect(self) -> None:
@@ -307,6 +316,9 @@ class Calls:
         shown = self._parts.masker.value(arguments)
         hashed = self._operation(tool, arguments).hash
         expires_at = self._parts.clock_ms() + self._profile.security.hitl_timeout_ms
+        if self._ends_at is not None:
+            # Nobody drives a run that waits; at the end of its time it goes on, and ends.
+            expires_at = min(expires_at, self._ends_at)
         if tool.asks:
             options = shown.get("options") or None
             return QuestionRequest(

@@ -25,10 +25,12 @@ from ownware_gateway.events import (
     ToolCallArgsDelta,
     ToolCallStart,
     TurnStart,
+    Usage,
 )
-from ownware_gateway.log import Append, Commit, Drives, Private, RestsOn, Run
+from ownware_gateway.log import Append, Commit, Drives, Private, RestsOn, Run, Spent
 from ownware_gateway.models import (
     Answer,
+    AssistantTurn,
     CallStart,
     Dispatch,
     ModelError,
@@ -41,6 +43,7 @@ from ownware_gateway.models import (
 from ownware_gateway.profile import SPAWN, Profile
 from ownware_gateway.run import (
     NO_AGENTS,
+    TIMED_OUT,
     Agents as AgentStates,
     Answered,
     Ask,
@@ -55,15 +58,18 @@ from ownware_gateway.run import (
     Refuse,
     Rest,
     RunTools,
+    Shorten,
     Spawn,
     Step,
     Wait,
     after_failure,
     closing,
     next_step,
+    over_budget,
     tool_end,
     turn_end,
 )
+from ownware_gateway.tokens import prompt_tokens
 from ownware_gateway.tools import clip
 from ownware_gateway.transcript import (
     NOTICE,
@@ -75,6 +81,11 @@ from ownware_gateway.transcript import (
 
 if TYPE_CHECKING:
     from ownware_gateway.agents import Agents
+    from ownware_gateway.relief import Relief
+
+#: No window is smaller than what such a prompt leaves room for: what the model's is, which may have
+#: to be found out, is not asked for it.
+SMALL_PROMPT_TOKENS: Final = 6_000
 
 #: Events that may be on their way to the disk before the model's stream is read on.
 UNCOMMITTED_EVENTS_MAX: Final = 2_000
@@ -88,6 +99,7 @@ class Drive:
         self._assignment = assignment
         self._run = assignment.run
         self._profile = assignment.profile
+        self._profile_now = assignment.profile_now
         self._dispatch = assignment.dispatch
         self._history = assignment.history
         self._facts = assignment.history[-1]
@@ -102,6 +114,11 @@ class Drive:
         self._began_ms = assignment.run.active_ms
         self._scope: asyncio.Timeout | None = None
         self._timed_out = False
+        self._budgets = assignment.budgets
+        self._ends_at = assignment.ends_at
+        #: Which budget is used up, in a sentence.
+        self._used_up: str | None = None
+        self._relief: Relief | None = None
         self._leaving = False
         self._uncommitted = 0
         self._milestone: Commit | None = None
@@ -116,9 +133,14 @@ class Drive:
             # Before anything is judged: what a call may do, its server says.
             await self._within_time(self._calls.connect())
         while not self._leaving:
-            agents = await self._agent_states()
+            if self._wall_left_s() <= 0:
+                self._end_by_the_clock()
             step = next_step(
-                self._facts, self._calls.judge, self._limits, agents, timed_out=self._timed_out
+                self._facts,
+                self._calls.judge,
+                self._limits,
+                await self._agent_states(),
+                self._cut(),
             )
             if await self._take(step):
                 return
@@ -145,6 +167,11 @@ class Drive:
                 await self._within_time(self._perform(step))
         return False
 
+    def _cut(self) -> Finish | None:
+        if self._used_up is not None:
+            return over_budget(self._used_up)
+        return TIMED_OUT if self._timed_out else None
+
     def leave(self) -> None:
         """Stop before the next step: the gateway is leaving, and the log knows where to go on."""
         self._leaving = True
@@ -160,15 +187,33 @@ class Drive:
     def _active_ms(self) -> int:
         return self._began_ms + int((self._loop.time() - self._began_s) * 1000)
 
+    def _wall_left_s(self) -> float:
+        if self._ends_at is None:
+            return float("inf")
+        return (self._ends_at - self._parts.clock_ms()) / 1000
+
+    def _end_by_the_clock(self) -> None:
+        assert self._ends_at is not None
+        allowed_s = (self._ends_at - self._run.accepted_at) / 1000
+        self._used_up = (
+            f"The run has taken the {allowed_s:g} s by the clock that its profile allows "
+            "(execution.maxWallTime)."
+        )
+
     async def _within_time(self, work: Coroutine[Any, Any, None]) -> None:
         left_s = (self._run.timeout_ms - self._active_ms()) / 1000
+        by_the_clock = self._wall_left_s() < left_s
+        left_s = min(left_s, self._wall_left_s())
         try:
             async with asyncio.timeout(max(left_s, 0)) as self._scope:
                 await work
         except TimeoutError:
             if self._scope is None or not self._scope.expired():
                 raise
-            self._timed_out = True
+            if by_the_clock:
+                self._end_by_the_clock()
+            else:
+                self._timed_out = True
         finally:
             self._scope = None
 
@@ -247,30 +292,105 @@ class Drive:
         return self._facts.turn
 
     def _store(
-        self, events: Sequence[Event], private: Sequence[Private] = (), *, asks: bool = False
+        self,
+        events: Sequence[Event],
+        private: Sequence[Private] = (),
+        spent: Spent | None = None,
+        *,
+        asks: bool = False,
     ) -> Commit:
         """Append what happened and fold it into the facts; the commit says when it is durable."""
         for event in events:
             self._facts.apply(event)
         guard = self._guard._replace(asks=True) if asks else self._guard
         return self._parts.log.append(
-            Append(self._run.stream, guard, events, private, active_ms=self._active_ms())
+            Append(
+                self._run.stream,
+                guard,
+                events,
+                private,
+                active_ms=self._active_ms(),
+                spent=spent,
+            )
         )
 
     # -- asking the model
 
     async def _ask(self, step: Ask) -> None:
         await self._calls.connect()
+        with self._budgets.asking(self._profile_now) as under_way:
+            why = await self._budgets.used_up(self._profile_now, under_way)
+            if why is None:
+                await self._ask_within_budget(step)
+            self._used_up = why
+
+    async def _ask_within_budget(self, step: Ask) -> None:
         opening = self._opening(step)
+        if step.turn_index == 0 and step.new_turn:
+            opening += await self._unpriced()
         if opening:
             self._store(opening)
         turn = self._turn
         try:
-            answer = await self._listen(turn)
+            answer = await self._listen(turn, await self._request_that_fits())
         except ModelError as error:
             await self._after_failure(turn, error)
         else:
             await self._keep(turn, answer)
+
+    async def _unpriced(self) -> list[Event]:
+        """Return what a person should know of a budget of money that no price is known for."""
+        names = []
+        if self._profile.execution.max_cost_usd is not None:
+            names.append("execution.maxCostUsd")
+        if self._profile_now.execution.per_day.max_cost_usd is not None:
+            names.append("execution.perDay.maxCostUsd")
+        if not names:
+            return []
+        priced = await self._parts.catalogue.price(self._dispatch.id, Usage())
+        if priced.cost_usd is not None:
+            return []
+        why = (
+            f"The price of {self._dispatch.id} is not known: {' and '.join(names)} cannot hold it."
+        )
+        return [TextDelta(text=f"[{why}]\n\n", turn_index=0, notice=True)]
+
+    async def _request_that_fits(self) -> Request:
+        """Return the request, its prompt shortened where it would not fit the model's window."""
+        request = self._request()
+        tokens = prompt_tokens(request, self._counted())
+        stated = self._profile.compaction.context_window is not None
+        if tokens <= SMALL_PROMPT_TOKENS and not stated and not self._turn.overflowed:
+            return request
+        if self._relief is None:
+            try:
+                from ownware_gateway.relief import Relief
+            except (OSError, ImportError):
+                # There may be no file handle left for that now; the next prompt is looked at again.
+                return request
+            self._relief = Relief(self._parts, self._assignment, self._store)
+        shorter = await self._relief.make_room(tokens, request)
+        return self._request() if shorter else request
+
+    def _counted(self) -> tuple[AssistantTurn, Usage] | None:
+        """Return the last answer, with what its provider counted, if the prompt began as it does.
+
+        That is not so after it was shortened, nor for an answer of another profile or model.
+        """
+        if self._turn.relieved:
+            return None
+        for run in reversed(self._history[-2:]):
+            session = run.session
+            if session is None or (session.model, session.profile_id) != (
+                self._dispatch.id,
+                self._run.profile_id,
+            ):
+                return None
+            for turn in reversed(run.turns):
+                if turn.answer is not None and not turn.superseded:
+                    counted = turn.answer.usage.input_tokens > 0
+                    return (turn.answer.turn, turn.answer.usage) if counted else None
+        return None
 
     def _opening(self, step: Ask) -> list[Event]:
         now = self._parts.clock_ms()
@@ -320,9 +440,9 @@ class Drive:
             TurnStart(turn_index=index + 1, timestamp=now),
         ]
 
-    async def _listen(self, turn: Turn) -> Answer:
+    async def _listen(self, turn: Turn, request: Request) -> Answer:
         """Append the model's answer as it comes; return it whole."""
-        stream = self._dispatch.model.stream(self._request())
+        stream = self._dispatch.model.stream(request)
         answer: Answer | None = None
         async with aclosing(stream) as batches:  # type: ignore[type-var]
             async for parts in batches:
@@ -390,7 +510,8 @@ class Drive:
             shown = self._shown_arguments(call.arguments)
             events.append(ToolCallArgsDelta(tool_call_id=call.id, delta=shown, turn_index=index))
         events.append(TextComplete(text=answer.turn.text, turn_index=index))
-        await self._store(events, [Private("message", turn.answer.dump())]).wait()
+        spent = Spent(usage.cost_usd or 0.0, 1)
+        await self._store(events, [Private("message", turn.answer.dump())], spent).wait()
 
     def _shown_arguments(self, arguments: str) -> str:
         """Return a call's arguments as people may see them.
@@ -405,10 +526,20 @@ class Drive:
 
     async def _after_failure(self, turn: Turn, error: ModelError) -> None:
         message = self._parts.masker.text(error.message)
-        then = after_failure(turn, error)
+        then = after_failure(turn, error, compacts=self._profile.compaction.enabled)
         if isinstance(then, Finish):
             failed = Finish(then.status, then.reason, then.code, message)
             await finish(self._parts, self._run, self._facts, failed, self._active_ms())
+            return
+        if isinstance(then, Shorten):
+            too_long = Recovery(
+                reason="prompt_too_long",
+                attempt=then.attempt,
+                detail=f"{message} It is made shorter and sent again.",
+                turn_index=turn.index,
+                supersedes=turn.index if turn.shown else None,
+            )
+            await self._store(self._again(too_long, self._parts.clock_ms())).wait()
             return
         assert error.retry is not None
         recovery = Recovery(

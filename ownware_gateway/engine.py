@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Final, Literal
 
 from ownware_gateway.approvals import Approvals
+from ownware_gateway.budgets import Budgets
 from ownware_gateway.calls import Above, Assignment, Parts
 from ownware_gateway.drive import Drive, fallback_of, finish
 from ownware_gateway.errors import GatewayError
@@ -132,6 +133,7 @@ class Engine:
         self._starting = 0
         self._stopping = False
         self._recent = Recent(parts.log)
+        self.budgets = Budgets(parts.log, parts.clock_ms)
         self.approvals = Approvals(parts.log, parts.clock_ms, parts.masker, self._go)
 
     # -- starting
@@ -140,7 +142,7 @@ class Engine:
         """Start a run; return once its first event is durable.
 
         Raises GatewayError: `not_found` for an unknown profile or thread, `unknown_model`,
-        `run_in_progress`, `overloaded`, `shutting_down`.
+        `run_in_progress`, `budget_exceeded`, `overloaded`, `shutting_down`.
         """
         if wanted.key is not None:
             # Before anything else: the answer to a request that was taken does not change.
@@ -157,6 +159,7 @@ class Engine:
     async def _start(self, wanted: StartRun) -> Started:
         profile = self._profiles.get(wanted.profile_id)
         dispatch = await self._dispatch(profile, wanted)
+        await self.budgets.admit(profile)
         run_id = self._parts.new_id("run")
         stream = Stream(wanted.thread_id or self._parts.new_id("thread"))
         attachments = [
@@ -339,6 +342,7 @@ class Engine:
                 family=self,
                 restarted=restarted,
                 above=await self._above(run),
+                budgets=self.budgets,
             )
             slot.drive = Drive(self._parts, assignment)
             if slot.cancel is not None:
@@ -403,7 +407,8 @@ class Engine:
         """Begin an agent's run, unless it has begun. Raises GatewayError when it cannot."""
         from ownware_gateway.agents import narrowed
 
-        profile = narrowed(self._profiles.get(spawn.profile_name), spawn)
+        own = self._profiles.get(spawn.profile_name)
+        profile = narrowed(own, spawn, self._parts.clock_ms())
         dispatch = await self._agent_dispatch(profile, parent)
         message = UserMessage(run_id=spawn.run_id, text=task, timestamp=self._parts.clock_ms())
         row = NewRun(

@@ -34,6 +34,7 @@ CODES: Final[dict[str, tuple[int, Category]]] = {
     "cursor_expired": (410, "not_found"),
     "thread_deleted": (410, "not_found"),
     "rate_limited": (429, "rate_limit"),
+    "budget_exceeded": (429, "rate_limit"),
     "internal": (500, "internal"),
     "shutting_down": (503, "overload"),
     "overloaded": (503, "overload"),

@@ -314,6 +314,7 @@ class AgentSpawn(Event):
     model: str
     task: str
     time_left_ms: int
+    ends_at: int | None = Field(default=None, exclude_if=_absent)
     max_cost_usd: float | None = Field(default=None, exclude_if=_absent)
     turn_index: int
 
@@ -395,11 +396,73 @@ class Recovery(Event):
     """
 
     type: Literal["recovery"] = "recovery"
-    reason: Literal["rate_limit", "provider_error", "connection", "restart"]
+    reason: Literal["rate_limit", "provider_error", "connection", "restart", "prompt_too_long"]
     attempt: int
     detail: str
     turn_index: int
     supersedes: int | None = Field(default=None, exclude_if=_absent)
+
+
+class Position(Wire):
+    """A place in a conversation: the end of a turn, or of a whole run where `turn_index` is None.
+
+    Named and not numbered, so that it means the same in a fork and in a thread read from a file.
+    """
+
+    run_id: str
+    turn_index: int | None = None
+
+
+class ContextPressure(Event):
+    """The prompt fills this share of the model's window; said when it rises over another mark."""
+
+    type: Literal["context.pressure"] = "context.pressure"
+    level: float
+    token_count: int
+    context_window: int
+    turn_index: int
+
+
+class ToolResultDrop(Event):
+    """Tool results up to a place are left out of prompts from here on; the log keeps them.
+
+    Of each its first `kept_chars` characters stay, and a sentence stands in place of the rest.
+    """
+
+    type: Literal["tool_result.drop"] = "tool_result.drop"
+    dropped_count: int
+    bytes_reclaimed: int
+    kept_chars: int
+    through: Position
+    turn_index: int
+
+
+class CompactionStart(Event):
+    """What was said so far is about to be put into fewer words. It may be begun more than once."""
+
+    type: Literal["compaction.start"] = "compaction.start"
+    strategy: Literal["summary", "omission"]
+    pre_token_count: int
+    turn_index: int
+
+
+class CompactionEnd(Event):
+    """From here on `summary` stands in prompts for all up to `through`; the log keeps that.
+
+    One that has failed changes nothing, and `detail` says why. `usage` is what the summary cost.
+    """
+
+    type: Literal["compaction.end"] = "compaction.end"
+    strategy: Literal["summary", "omission"]
+    status: Literal["succeeded", "failed"]
+    pre_token_count: int
+    post_token_count: int
+    saved_percent: int
+    summary: str | None = Field(default=None, exclude_if=_absent)
+    through: Position | None = Field(default=None, exclude_if=_absent)
+    usage: Usage | None = Field(default=None, exclude_if=_absent)
+    detail: str | None = Field(default=None, exclude_if=_absent)
+    turn_index: int
 
 
 class RunCancel(Event):
@@ -465,6 +528,10 @@ AnyEvent = (
     | TurnEnd
     | TurnInterrupted
     | Recovery
+    | ContextPressure
+    | ToolResultDrop
+    | CompactionStart
+    | CompactionEnd
     | RunCancel
     | Error
     | SessionEnd

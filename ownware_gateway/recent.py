@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from ownware_gateway.events import QuestionRequest, QuestionResponse
 from ownware_gateway.log import Log, Stream
-from ownware_gateway.transcript import Call, RunFacts, Turn, load
+from ownware_gateway.transcript import Call, RunFacts, Turn, load, load_told, trim
 
 #: What the histories of all threads take at most; the threads longest unused are let go first.
 BYTES_MAX: Final = 4_194_304
@@ -47,17 +47,23 @@ class Recent:
         self.size_bytes = 0
 
     async def before(self, stream: Stream, seq: int) -> list[RunFacts]:
-        """Return the stream's runs up to a number at which one ended, or 0 where none began."""
+        """Return the stream's runs up to a number at which one ended, or 0 where none began.
+
+        Those that a summary stands for in full are left out.
+        """
         if seq == 0:
             return []
         known = self._take(stream)
         if known.through == seq:
             return known.runs
+        if not known.through:
+            return await load_told(self._log, stream, to=seq)
         return [*known.runs, *await load(self._log, stream, after=known.through, to=seq)]
 
     def keep(self, stream: Stream, seq: int, history: list[RunFacts]) -> None:
         """Keep a history up to the end of its last run, unless it is heavy."""
         self._take(stream)
+        trim(history)
         size_bytes = sum(map(_size_bytes, history))
         if any(run.files for run in history) or size_bytes > ONE_BYTES_MAX:
             return

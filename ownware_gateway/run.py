@@ -12,6 +12,7 @@ from ownware_gateway.events import (
     AgentComplete,
     Answers,
     Asks,
+    CompactionEnd,
     DecidedBy,
     EndStatus,
     Error,
@@ -26,7 +27,7 @@ from ownware_gateway.events import (
     TurnInterrupted,
     Usage,
 )
-from ownware_gateway.models import ModelError
+from ownware_gateway.models import OVERFLOW, ModelError
 from ownware_gateway.permissions import Verdict
 from ownware_gateway.transcript import Call, RunFacts, Turn
 
@@ -41,6 +42,10 @@ RETRY_AFTER_S_MAX: Final = 300.0
 
 #: Agents that work for one run at the same time; further ones begin as these end.
 AGENTS_AT_ONCE_MAX: Final = 8
+
+
+#: How often in a turn a prompt that a provider finds too long is made shorter and sent again.
+OVERFLOWS_MAX: Final = 3
 
 
 class Ask(NamedTuple):
@@ -195,17 +200,19 @@ def next_step(
     judge: Callable[[Call], Verdict],
     limits: Limits,
     agents: Agents = NO_AGENTS,
-    *,
-    timed_out: bool = False,
+    cut: Finish | None = None,
 ) -> Step:
     """Return what happens next in a run of which the log says this.
 
-    `judge` decides whether a call may run, needs a person, or is refused.
+    `judge` decides whether a call may run, needs a person, or is refused. `cut` is how it must end
+    now for a reason that its own facts do not tell of: its time is over, or a budget is used up.
     """
     if facts.end is not None:
         return Done()
-    if facts.cancel is not None or timed_out:
-        return before_end(facts, agents) or (TIMED_OUT if facts.cancel is None else CANCELLED)
+    if facts.cancel is not None:
+        cut = CANCELLED
+    if cut is not None:
+        return before_end(facts, agents) or cut
     turn = facts.turn
     if turn is None:
         return Ask(0, new_turn=True)
@@ -319,10 +326,17 @@ def _answered(call: Call, response: QuestionResponse) -> Answered:
 def _stop_at_limit(facts: RunFacts, limits: Limits) -> Finish | None:
     if facts.turns_done >= limits.turns_max:
         return Finish("failed", "max_turns", "max_turns")
-    cost = facts.usage.cost_usd
-    if limits.cost_usd_max is not None and cost is not None and cost >= limits.cost_usd_max:
-        return Finish("failed", "budget_exceeded", "budget_exceeded")
+    if limits.cost_usd_max is not None and facts.spent_usd >= limits.cost_usd_max:
+        return over_budget(
+            f"The run has cost {facts.spent_usd:.4g} US dollars; its profile allows "
+            f"{limits.cost_usd_max:g} (execution.maxCostUsd)."
+        )
     return None
+
+
+def over_budget(why: str) -> Finish:
+    """Return the end of a run that has used up a budget, with the sentence that says which."""
+    return Finish("failed", "budget_exceeded", "budget_exceeded", why)
 
 
 @dataclass(frozen=True, slots=True)
@@ -333,8 +347,23 @@ class Retry:
     attempt: int
 
 
-def after_failure(turn: Turn, error: ModelError) -> Retry | Finish:
-    """Return what follows a failed model call: another try, or the end of the run."""
+class Shorten(NamedTuple):
+    """Make the prompt shorter and ask again, at once."""
+
+    attempt: int
+
+
+def after_failure(
+    turn: Turn, error: ModelError, *, compacts: bool = False
+) -> Retry | Shorten | Finish:
+    """Return what follows a failed model call: another try, or the end of the run.
+
+    `compacts` says whether a prompt may be made shorter.
+    """
+    # One that is still too long was not to be made any shorter.
+    helpless = turn.overflowed or turn.overflows >= OVERFLOWS_MAX
+    if error.code == OVERFLOW and compacts and not helpless:
+        return Shorten(turn.overflows + 1)
     attempt = turn.retries + 1
     if error.retry is None or attempt > RETRIES_MAX:
         return Finish("failed", "error", error.code, error.message)
@@ -356,7 +385,8 @@ def closing(facts: RunFacts, finish: Finish, now_ms: int) -> list[Event]:
     events: list[Event] = []
     if turn is not None and turn.end is None:
         events += _close_calls(turn, finish)
-    if finish.reason == "error":
+        events += _close_compaction(facts)
+    if finish.reason == "error" or finish.message is not None:
         index = turn.index if turn is not None else None
         events.append(
             Error(
@@ -391,6 +421,8 @@ def _end_turn(turn: Turn, finish: Finish, now_ms: int) -> Event:
             reason="timeout" if finish.status == "timed_out" else "aborted",
             timestamp=now_ms,
         )
+    if finish.reason == "budget_exceeded" and not turn.complete:
+        return TurnInterrupted(turn_index=turn.index, reason="timeout", timestamp=now_ms)
     limited = finish.reason in ("max_turns", "budget_exceeded")
     return turn_end(turn, "tool_use" if limited else finish.reason, now_ms)
 
@@ -399,6 +431,23 @@ def turn_end(turn: Turn, reason: StopReason, now_ms: int) -> TurnEnd:
     """Return the end of a turn."""
     usage = turn.answer.usage if turn.answer is not None else Usage()
     return TurnEnd(turn_index=turn.index, stop_reason=reason, usage=usage, timestamp=now_ms)
+
+
+def _close_compaction(facts: RunFacts) -> list[Event]:
+    if facts.compacting is None:
+        return []
+    begun = facts.compacting
+    return [
+        CompactionEnd(
+            strategy=begun.strategy,
+            status="failed",
+            pre_token_count=begun.pre_token_count,
+            post_token_count=begun.pre_token_count,
+            saved_percent=0,
+            detail="The run ended before there was a summary.",
+            turn_index=begun.turn_index,
+        )
+    ]
 
 
 def _close_calls(turn: Turn, finish: Finish) -> list[Event]:

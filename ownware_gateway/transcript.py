@@ -7,17 +7,20 @@ save the text of a turn that was cut off, which is fetched by itself.
 import json
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from ownware_gateway.events import (
     AgentComplete,
     AgentSpawn,
     Answers,
     Asks,
+    CompactionEnd,
+    CompactionStart,
     Error,
     Event,
     PermissionRequest,
     PermissionResponse,
+    Position,
     QuestionRequest,
     QuestionResponse,
     Recovery,
@@ -33,6 +36,7 @@ from ownware_gateway.events import (
     ToolCallEnd,
     ToolCallExecute,
     ToolCallStart,
+    ToolResultDrop,
     TurnEnd,
     TurnInterrupted,
     TurnStart,
@@ -53,6 +57,9 @@ from ownware_gateway.permissions import grant
 PAGE: Final = 500
 
 NOTICE: Final = "\n\n[interrupted, answering again]\n\n"
+
+#: Tool results of so many bytes or fewer are never left out of a prompt: it would save nothing.
+DROPPED_BYTES_MIN: Final = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +135,11 @@ class Turn:
     shown: bool = False
     #: How often in a row the call was tried again.
     retries: int = 0
+    #: How often the prompt was too long for the provider, and whether that is to be helped now.
+    overflows: int = 0
+    overflowed: bool = False
+    #: The prompt was made shorter since the answer before this turn.
+    relieved: bool = False
     calls: dict[str, Call] = field(default_factory=dict)
     answer: Answer | None = None
     end: TurnEnd | None = None
@@ -158,6 +170,16 @@ class RunFacts:
     #: What other agents, which work for this one, have asked people and may do since, as `grants`.
     asked_below: dict[str, PermissionRequest] = field(default_factory=dict)
     granted_below: set[str] = field(default_factory=set)
+    #: What is left out of prompts since then, in the order in which that was decided.
+    reliefs: list[CompactionEnd | ToolResultDrop] = field(default_factory=list)
+    #: A compaction that has begun and not ended.
+    compacting: CompactionStart | None = None
+    #: How many tokens the prompt had that there was no summary for, if that was so in the end.
+    failed_at: int | None = None
+    #: What the summaries in this run have cost.
+    summing: Usage = field(default_factory=Usage)
+    #: What people have allowed in runs before this one that need not be read any more.
+    inherited: frozenset[str] = frozenset()
     #: What it takes in memory, in bytes; found out once, by whoever keeps it.
     size_bytes: int | None = None
 
@@ -172,7 +194,8 @@ class RunFacts:
 
         So is what its agents have used whose runs have ended.
         """
-        total = Usage()
+        # The summaries first: the sum names the model that has answered last.
+        total = self.summing
         for turn in self.turns:
             if turn.end is not None:
                 total = total.plus(turn.end.usage)
@@ -182,6 +205,19 @@ class RunFacts:
                 if call.complete is not None and call.complete.usage is not None:
                     total = total.plus_agent(call.complete.usage)
         return total
+
+    @property
+    def spent_usd(self) -> float:
+        """What the run and its agents have cost as far as prices are known."""
+        costs = [self.summing.cost_usd]
+        for turn in self.turns:
+            if turn.end is not None:
+                costs.append(turn.end.usage.cost_usd)
+            elif turn.answer is not None:
+                costs.append(turn.answer.usage.cost_usd)
+            agents = (call.complete.usage for call in turn.calls.values() if call.complete)
+            costs += [usage.cost_usd for usage in agents if usage is not None]
+        return sum(cost for cost in costs if cost is not None)
 
     @property
     def open_agents(self) -> list[Call]:
@@ -221,9 +257,7 @@ class RunFacts:
                 self.session = event
             case TurnStart():
                 # A turn that takes the place of one that was cut off goes on counting its retries.
-                cut = self.turn is not None and not self.turn.complete
-                retries = self.turn.retries if self.turn is not None and cut else 0
-                self.turns.append(Turn(event.turn_index, event.timestamp, seq, retries=retries))
+                self.turns.append(_next_turn(self.turn, event, seq))
             case RunCancel():
                 self.cancel = event
             case Error():
@@ -256,6 +290,14 @@ def _apply_from_below(run: RunFacts, event: Asks | Answers) -> None:
             pass  # An answer in words allows nothing.
 
 
+def _next_turn(before: Turn | None, event: TurnStart, seq: int) -> Turn:
+    turn = Turn(event.turn_index, event.timestamp, seq)
+    if before is not None and not before.complete:
+        turn.retries, turn.overflows = before.retries, before.overflows
+        turn.overflowed, turn.relieved = before.overflowed, before.relieved
+    return turn
+
+
 def _apply_to_turn(run: RunFacts, turn: Turn, event: Event, seq: int) -> None:
     match event:
         case TextDelta(notice=False) | ThinkingDelta():
@@ -270,13 +312,38 @@ def _apply_to_turn(run: RunFacts, turn: Turn, event: Event, seq: int) -> None:
             turn.end = event
         case TurnInterrupted():
             turn.interrupted = True
+        case ToolResultDrop() | CompactionStart() | CompactionEnd():
+            _relieve(run, turn, event)
         case Recovery():
-            if event.reason != "restart":
-                turn.retries = event.attempt
-            if event.supersedes is not None:
-                _supersede(run, event.supersedes)
+            _recover(run, turn, event)
         case _:
             _apply_to_call(turn, event)
+
+
+def _recover(run: RunFacts, turn: Turn, event: Recovery) -> None:
+    if event.reason == "prompt_too_long":
+        turn.overflows, turn.overflowed = event.attempt, True
+    elif event.reason != "restart":
+        turn.retries = event.attempt
+    if event.supersedes is not None:
+        _supersede(run, event.supersedes)
+
+
+def _relieve(
+    run: RunFacts, turn: Turn, event: ToolResultDrop | CompactionStart | CompactionEnd
+) -> None:
+    if isinstance(event, CompactionStart):
+        run.compacting = event
+        return
+    if isinstance(event, CompactionEnd):
+        run.compacting = None
+        if event.usage is not None:
+            run.summing = event.usage.plus(run.summing) if run.summing.model else event.usage
+        run.failed_at = event.pre_token_count if event.through is None else None
+        if event.through is None:
+            return
+    run.reliefs.append(event)
+    turn.overflowed, turn.relieved = False, True
 
 
 def _supersede(run: RunFacts, index: int) -> None:
@@ -376,6 +443,28 @@ async def load(
     return runs
 
 
+async def load_told(log: Log, stream: Stream, *, to: int) -> list[RunFacts]:
+    """Return a stream's runs up to a number, those left out that a summary stands for in full."""
+    last = await log.last_summary(stream, to)
+    if last is None:
+        return await load(log, stream, to=to)
+    seq, body = last
+    kept = json.loads(body)
+    runs = await load(log, stream, after=kept["from"], to=to)
+    told_in = next((run for run in reversed(runs) if run.seq <= seq), None)
+    if told_in is not None and not told_in.copied:
+        runs[0].inherited = frozenset(kept["grants"])
+    return runs
+
+
+def kept_with_summary(history: Sequence[RunFacts], through: Position) -> bytes:
+    """Return what a summary's private fact holds, for `load_told`."""
+    place = next(at for at, run in enumerate(history) if run.message.run_id == through.run_id)
+    first = place + (through.turn_index is None)
+    allowed = sorted(grants(history[: first + 1]))
+    return json.dumps({"from": history[first].seq - 1, "grants": allowed}).encode()
+
+
 async def _facts(log: Log, stream: Stream, after: int) -> AsyncIterator[Record]:
     while records := await log.read(stream, after, limit=PAGE, deltas=False):
         for record in records:
@@ -411,18 +500,22 @@ def _text_of(record: Record) -> list[str]:
     return [event.text] if isinstance(event, TextDelta) and not event.notice else []
 
 
-def conversation(runs: Sequence[RunFacts]) -> list[Message]:
+def conversation(runs: Sequence[RunFacts], *, also: CompactionEnd | None = None) -> list[Message]:
     """Return the messages to ask a model with: what was said, superseded turns left out.
 
     Every tool call has its result, and every run but the last ends with a word of the assistant:
-    some providers refuse anything else.
+    some providers refuse anything else. Where a summary stands for what was said first, it is the
+    beginning of the first message of a person that follows it: that one is sent in any case. With
+    `also`, they are what they would be after that.
     """
+    told = told_of(runs, also)
     messages: list[Message] = []
-    for run in runs:
-        messages.append(UserTurn(run.message.text, run.files))
+    for place, run in enumerate(runs[told.run :], told.run):
+        first_turn = told.turn if place == told.run else 0
+        messages.append(_prompt(run, told if place == told.run else _ALL))
         for turn in run.turns:
-            if not turn.superseded:
-                messages += _turn_messages(turn)
+            if not turn.superseded and turn.index >= first_turn:
+                messages += turn_messages(turn, told.kept_chars(place, turn))
         last = messages[-1]
         spoke = isinstance(last, AssistantTurn) and not last.tool_calls
         if run.end is not None and not spoke:
@@ -434,7 +527,107 @@ def _how_it_ended(end: SessionEnd) -> str:
     return f"was {end.status}" if end.status == "cancelled" else f"{end.status} ({end.reason})"
 
 
-def _turn_messages(turn: Turn) -> Iterator[Message]:
+class Told(NamedTuple):
+    """What of a history a model is told: from a turn of a run on, `summary` in place of the rest.
+
+    `drops` are the places up to which tool results are left out, with what stays of each.
+    """
+
+    run: int = 0
+    turn: int = 0
+    summary: str | None = None
+    drops: Sequence[tuple[tuple[int, float], int]] = ()
+
+    def kept_chars(self, run: int, turn: Turn) -> int | None:
+        """Return how many characters of a turn's tool results are told; None for all."""
+        kept = [chars for through, chars in self.drops if (run, turn.index) <= through]
+        return min(kept) if kept else None
+
+
+_ALL: Final = Told()
+
+
+def told_of(runs: Sequence[RunFacts], also: CompactionEnd | None = None) -> Told:
+    """Return what of a history is told, as the last events about that say, and then `also`."""
+    reliefs = [relief for run in runs for relief in run.reliefs]
+    if also is not None:
+        reliefs.append(also)
+    if not reliefs:
+        return _ALL
+    places = {run.message.run_id: place for place, run in enumerate(runs)}
+
+    def place_of(through: Position) -> tuple[int, float]:
+        # What is not there any more was in front of all that is.
+        run = places.get(through.run_id, -1)
+        return run, float("inf") if through.turn_index is None else through.turn_index
+
+    told = _ALL
+    drops: list[tuple[tuple[int, float], int]] = []
+    for relief in reliefs:
+        if relief.through is None:
+            continue
+        place = place_of(relief.through)
+        if isinstance(relief, ToolResultDrop):
+            drops.append((place, relief.kept_chars))
+        elif relief.through.turn_index is None or place[0] < 0:
+            told = Told(place[0] + 1, 0, relief.summary)
+        else:
+            told = Told(place[0], relief.through.turn_index + 1, relief.summary)
+    return told._replace(drops=drops)
+
+
+def trim(history: list[RunFacts]) -> None:
+    """Let go of runs that no prompt needs any more; what people have allowed there still holds."""
+    first = told_of(history).run
+    if 0 < first < len(history):
+        history[first].inherited = frozenset(grants(history[: first + 1]))
+        del history[:first]
+
+
+def last_failure(history: Sequence[RunFacts]) -> int:
+    """Return how many tokens the last prompt had that there was no summary for; 0 after one."""
+    for run in reversed(history):
+        if run.failed_at is not None or run.reliefs:
+            return run.failed_at or 0
+    return 0
+
+
+def position(run: RunFacts, turn: Turn | None = None) -> Position:
+    """Return the end of a turn, or of a whole run."""
+    index = turn.index if turn is not None else None
+    return Position(run_id=run.message.run_id, turn_index=index)
+
+
+def _prompt(run: RunFacts, told: Told) -> UserTurn:
+    text = run.message.text
+    if told.summary is not None:
+        follows = SUMMARY_OF_RUN if told.turn else SUMMARY_ENDS
+        text = f"{SUMMARY_BEGINS}\n\n{told.summary}\n\n{follows}\n\n{text}"
+    return UserTurn(text, run.files)
+
+
+#: What stands around a summary, in the message of a person that follows it.
+SUMMARY_BEGINS: Final = (
+    "[To save room, the gateway has replaced the conversation so far by this summary of it:]"
+)
+SUMMARY_ENDS: Final = "[End of the summary. The conversation goes on with this message:]"
+SUMMARY_OF_RUN: Final = (
+    "[End of the summary. It includes what you have done so far for this message, which you are "
+    "working on:]"
+)
+
+
+def dropped(result: str, kept_chars: int) -> str:
+    """Return what a model is told in place of a tool's result."""
+    size = len(result.encode("utf-8", "replace"))
+    if size <= DROPPED_BYTES_MIN or len(result) <= kept_chars:
+        return result
+    begins = f"{result[:kept_chars]}\n" if kept_chars else ""
+    return f"{begins}[dropped to save room: {size} bytes; call the tool again if it is needed]"
+
+
+def turn_messages(turn: Turn, kept_chars: int | None = None) -> Iterator[Message]:
+    """Yield the messages of a turn; tool results are left out but for so many characters."""
     if not turn.complete:
         if turn.cut_text and turn.interrupted:
             yield AssistantTurn(turn.cut_text + "\n\n[interrupted]")
@@ -445,7 +638,9 @@ def _turn_messages(turn: Turn) -> Iterator[Message]:
     for wanted in answer.tool_calls:
         call = turn.calls.get(wanted.id)
         if call is not None and call.end is not None:
-            yield ToolTurn(wanted.id, wanted.name, call.end.result, call.end.is_error)
+            result = call.end.result
+            result = result if kept_chars is None else dropped(result, kept_chars)
+            yield ToolTurn(wanted.id, wanted.name, result, call.end.is_error)
         else:
             yield ToolTurn(wanted.id, wanted.name, "Interrupted before it ended.", is_error=True)
 
@@ -463,6 +658,7 @@ def grants(runs: Sequence[RunFacts]) -> set[str]:
     """
     allowed: set[str] = set()
     for run in runs:
+        allowed |= run.inherited
         if run.copied:
             continue
         allowed |= run.granted_below

@@ -29,6 +29,7 @@ from ownware_gateway.permissions import Verdict
 from ownware_gateway.run import (
     AGENTS_AT_ONCE_MAX,
     CANCELLED,
+    TIMED_OUT,
     Agents,
     AgentState,
     Begin,
@@ -181,7 +182,7 @@ def step_of(facts: RunFacts, *states: AgentState, timed_out: bool = False) -> St
     """What comes next, with the agents of the run's open calls in these states."""
     names = [call.agent.agent_id for call in facts.open_agents if call.agent is not None]
     known = Agents("spawn_agent", dict(zip(names, states, strict=True)))
-    return next_step(facts, judge, LIMITS, known, timed_out=timed_out)
+    return next_step(facts, judge, LIMITS, known, TIMED_OUT if timed_out else None)
 
 
 def ids(step: Step) -> list[str]:
@@ -686,6 +687,36 @@ async def test_a_question_of_one_deep_below_stands_in_every_stream_above(
         assert only(said, "permission.response")["granted"]
 
 
+async def test_a_question_in_words_stands_in_all_streams_too_and_waits_in_the_same_line(
+    start_gateway: Gateways, http: Http, provider: Provider, asking: MakeProfile
+) -> None:
+    up = await start_gateway()
+    provider.reply_as("test-model", Reply(calls=[spawn("a"), spawn("b")]))
+    question = Call("ask_user", {"question": "Which colour?"})
+    provider.reply_as(
+        "helps-model", Reply(calls=[question]), Reply(calls=[write("a.txt")]), Reply(), Reply()
+    )
+    run = await start_run(http, up.url, "go")
+    # Whoever comes first asks first, and the other one only then.
+    kinds = ["question.request", "permission.request"]
+    async with open_stream(http, up.url, f"/runs/{run['runId']}/events") as response:
+        frames = await read_frames(response, until=lambda frame: frame.event in kinds)
+    if frames[-1].event == "permission.request":
+        kinds.reverse()
+    for kind in kinds:
+        await nth(http, up, run, kind)
+        (item,) = (await get_json(http, up.url, "/approvals"))["items"]
+        assert f"{item['kind']}.request" == kind
+        body = {"action": "answer", "answer": "green"} if item["kind"] == "question" else {}
+        await resume(http, up, run, **{"action": "approve", **body})
+    of = await all_events(http, up, run)
+    asked, said = only(of["root"], "question.request"), only(of["root"], "question.response")
+    child = of[asked["agentId"]]
+    assert said["answer"] == only(child, "question.response")["answer"] == "green"
+    assert only(child, "tool.call.end")["result"] == "green"
+    assert not of_type(of["root"], "tool.call.end")[0]["isError"]
+
+
 async def test_agents_that_want_to_ask_at_once_stand_in_line(
     start_gateway: Gateways, http: Http, provider: Provider, asking: MakeProfile
 ) -> None:
@@ -889,6 +920,21 @@ async def test_a_run_has_no_more_time_than_its_own_though_its_agents_take_it(
     assert ends["root"] == "timed_out"
     assert sorted(ends.values()) == ["succeeded", "timed_out", "timed_out"]
     assert [asked.body["model"] for asked in provider.requests].count("test-model") == 1
+
+
+async def test_a_run_that_must_be_over_by_the_clock_ends_then_though_its_agents_wait_for_people(
+    start_gateway: Gateways, http: Http, provider: Provider, asking: MakeProfile
+) -> None:
+    execution = {"maxWallTime": "400ms"}
+    asking("assistant", security=AUTO, execution=execution, subagents=helper_of("helps"))
+    up = await start_gateway()
+    provider.reply_as("test-model", Reply(calls=[spawn("a")]))
+    provider.reply_as("helps-model", Reply(calls=[write("a.txt")]))
+    run = await start_run(http, up.url, "go")
+    of = await all_events(http, up, run)
+    begun = only(of["root"], "agent.spawn")
+    assert only(of["root"], "permission.request")["expiresAt"] == begun["endsAt"]
+    assert {only(said, "session.end")["reason"] for said in of.values()} == {"budget_exceeded"}
 
 
 # -- their end

@@ -36,7 +36,14 @@ FULL = {
             "decision": "allow",
         }
     ],
-    "execution": {"timeout": "90s", "maxCostUsd": 0.5},
+    "execution": {
+        "timeout": "90s",
+        "maxWallTime": "2d",
+        "maxCostUsd": 0.5,
+        "perDay": {"maxCostUsd": 5, "maxTurns": 500, "maxTime": "3h"},
+    },
+    "smallFastModel": "openai:gpt-4.1-mini",
+    "compaction": {"enabled": False, "threshold": 0.5, "keepTurns": 3, "contextWindow": 32_000},
     "subagents": {"reviewer": {"profile": "careful", "description": "Reads."}},
     "systemPrompt": "Be brief.",
 }
@@ -75,7 +82,12 @@ def test_every_field_is_read(tmp_path: Path) -> None:
     assert profile.model_dump(mode="json") == FULL | {
         "temperature": 1.0,
         "security": {"permissionMode": "allowlist", "hitlTimeoutMs": 7_200_000},
-        "execution": {"timeout": 90_000, "maxCostUsd": 0.5},
+        "execution": {
+            "timeout": 90_000,
+            "maxWallTime": 172_800_000,
+            "maxCostUsd": 0.5,
+            "perDay": {"maxCostUsd": 5.0, "maxTurns": 500, "maxTime": 10_800_000},
+        },
     }
 
 

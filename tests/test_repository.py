@@ -189,6 +189,7 @@ def test_a_start_imports_nothing_that_it_does_not_need(tmp_path: Path) -> None:
     loaded = imported(log.read_text("utf-8")) - imported(bare.stderr)
     assert "ownware_gateway.engine" in loaded
     assert loaded & LAZY == set()
+    assert loaded & {"ownware_gateway.compaction", "ownware_gateway.relief"} == set()
     packages = {name.partition(".")[0] for name in loaded} - sys.stdlib_module_names - LOADED
     # What was looked for and is not installed stands in the log as well; the first is Python's own.
     new = {name for name in packages if importlib.util.find_spec(name) is not None}

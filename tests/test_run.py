@@ -6,6 +6,8 @@ import pytest
 from ownware_gateway.events import (
     Answers,
     Asks,
+    CompactionEnd,
+    CompactionStart,
     DecidedBy,
     Error,
     Event,
@@ -32,13 +34,15 @@ from ownware_gateway.events import (
     Usage,
     UserMessage,
 )
-from ownware_gateway.models import AssistantTurn, ModelError, RetryReason, ToolCall
+from ownware_gateway.models import OVERFLOW, AssistantTurn, ModelError, RetryReason, ToolCall
 from ownware_gateway.permissions import Verdict
 from ownware_gateway.run import (
+    OVERFLOWS_MAX,
     RETRIES_MAX,
     RETRY_AFTER_S_MAX,
     RETRY_S,
     RETRY_S_MAX,
+    TIMED_OUT,
     Answered,
     Ask,
     Begin,
@@ -53,6 +57,7 @@ from ownware_gateway.run import (
     Rest,
     Retry,
     RunTools,
+    Shorten,
     Spawn,
     Step,
     Wait,
@@ -60,10 +65,11 @@ from ownware_gateway.run import (
     agent_failed,
     closing,
     next_step,
+    over_budget,
     tool_end,
     turn_end,
 )
-from ownware_gateway.transcript import NOTICE, Answer, Call, RunFacts, fold
+from ownware_gateway.transcript import NOTICE, Answer, Call, RunFacts, Turn, fold
 
 AT = 1_790_000_000_000
 USAGE = Usage(input_tokens=10, output_tokens=5, model="openai:test-model", cost_usd=0.25)
@@ -561,9 +567,10 @@ def check_whole(events: list[Event]) -> None:
     assert sorted(started) == sorted(ended)
     interrupted = [event for event in events if isinstance(event, TurnInterrupted)]
     if interrupted:
-        assert end.reason == "aborted"
+        assert end.reason in ("aborted", "budget_exceeded")
         assert interrupted == [events[-2]]
-    assert bool([e for e in events if isinstance(e, Error)]) is (end.reason == "error")
+    told = end.reason in ("error", "budget_exceeded")
+    assert bool([e for e in events if isinstance(e, Error)]) is told
     assert end.turn_count == sum(isinstance(event, TextComplete) for event in events)
 
 
@@ -600,14 +607,14 @@ def test_a_cancelled_run_can_only_end_as_cancelled(recorded: Recorded, count: in
     facts = recorded.facts(count)
     ended = facts.end is not None
     facts.apply(RunCancel(run_id="run_1", requested_by="local"))
-    step = next_step(facts, judge, Limits(0, 0.0), timed_out=True)
+    step = next_step(facts, judge, Limits(0, 0.0), cut=TIMED_OUT)
     assert step == (Done() if ended else Finish("cancelled", "aborted", "cancelled"))
 
 
 @pytest.mark.parametrize(("recorded", "count"), PREFIXES)
 def test_a_run_out_of_time_ends_as_timed_out(recorded: Recorded, count: int) -> None:
     facts = recorded.facts(count)
-    step = next_step(facts, judge, LIMITS, timed_out=True)
+    step = next_step(facts, judge, LIMITS, cut=TIMED_OUT)
     ended = facts.end is not None
     assert step == (Done() if ended else Finish("timed_out", "aborted", "timed_out"))
 
@@ -635,6 +642,48 @@ def test_a_run_at_its_limit_ends_before_the_model_is_asked_again(
     assert isinstance(end, SessionEnd)
     assert end.turn_count == answers
     assert end.reason in (reason, "end_turn")
+
+
+@pytest.mark.parametrize(("recorded", "count"), PREFIXES)
+def test_a_budget_that_is_used_up_ends_a_run_anywhere_and_says_why(
+    recorded: Recorded, count: int
+) -> None:
+    facts = recorded.facts(count)
+    step = next_step(facts, judge, LIMITS, cut=over_budget("It is used up."))
+    if facts.end is not None:
+        assert isinstance(step, Done)
+        return
+    assert step == over_budget("It is used up.")
+    assert isinstance(step, Finish)
+    events = closing(facts, step, AT)
+    check_whole(recorded.events(count) + events)
+    assert [event.message for event in events if isinstance(event, Error)] == ["It is used up."]
+    # What was cut off in the middle of an answer does not look like one.
+    whole = all(turn.complete for turn in facts.turns if not turn.superseded)
+    assert any(isinstance(event, TurnInterrupted) for event in events) is not whole
+
+
+def test_a_run_that_ends_while_it_is_made_shorter_closes_that_too() -> None:
+    begin = CompactionStart(strategy="summary", pre_token_count=9, turn_index=0)
+    recorder = begun().add(begin)
+    events = recorder.finishes(ENDINGS["cancelled"]).events()
+    check_whole(events)
+    (end,) = (event for event in events if isinstance(event, CompactionEnd))
+    assert (end.status, end.summary, end.through) == ("failed", None, None)
+
+
+def test_a_prompt_that_is_too_long_is_shortened_so_often_and_not_tried_as_it_is() -> None:
+    turn = Turn(0, AT)
+    error = ModelError("It is too long.", code=OVERFLOW)
+    for attempt in range(1, OVERFLOWS_MAX + 1):
+        assert after_failure(turn, error, compacts=True) == Shorten(attempt)
+        turn.overflows = attempt
+    failed = Finish("failed", "error", OVERFLOW, "It is too long.")
+    assert after_failure(turn, error, compacts=True) == failed
+    assert after_failure(Turn(0, AT), error) == failed
+    # One that could not be made any shorter.
+    helpless = Turn(0, AT, overflows=1, overflowed=True)
+    assert after_failure(helpless, error, compacts=True) == failed
 
 
 def facts_of(recorder: Recorder) -> RunFacts:

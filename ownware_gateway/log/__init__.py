@@ -29,6 +29,9 @@ ROOT: Final = "root"
 #: What people are asked, in all threads, as a stream of its own; no thread can have this name.
 INBOX: Final = "~approvals"
 
+#: A day of what has been spent. Days are of UTC, by the clock that stamps the log.
+DAY_MS: Final = 86_400_000
+
 #: The frames of one chunk take at most this many bytes, or are a single larger frame.
 CHUNK_BYTES_MAX: Final = 65_536
 
@@ -246,16 +249,26 @@ Guard = Starts | Drives | Decides | Cancels
 class Private:
     """A fact that is never served; it belongs to the last event of its append."""
 
-    kind: Literal["profile", "message", "attachment"]
+    kind: Literal["profile", "message", "attachment", "summary"]
     body: bytes
     index: int = 0
+
+
+class Spent(NamedTuple):
+    """What model calls took: US dollars as far as prices are known, answers, active time."""
+
+    cost_usd: float = 0.0
+    turns: int = 0
+    active_ms: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Append:
     """Events to be stored together or not at all; `active_ms` updates the driven run's row.
 
-    Deltas may wait a moment for others to share their commit, unless they are to go `at_once`.
+    What a model call has cost is `spent`: it is added to what the run's profile has spent that day,
+    and so is what `active_ms` has grown by. Deltas may wait a moment for others to share their
+    commit, unless they are to go `at_once`.
     """
 
     stream: Stream
@@ -263,6 +276,7 @@ class Append:
     events: Sequence[Event]
     private: Sequence[Private] = ()
     active_ms: int | None = field(default=None, kw_only=True)
+    spent: Spent | None = field(default=None, kw_only=True)
     at_once: bool = field(default=False, kw_only=True)
 
 
@@ -360,6 +374,14 @@ class Log(Protocol):
         self, stream: Stream, kind: str, *, after: int = 0
     ) -> list[tuple[int, int, bytes]]:
         """Return (seq, index, body) of the private facts of a kind above a seq, in order."""
+        ...
+
+    async def last_summary(self, stream: Stream, to: int) -> tuple[int, bytes] | None:
+        """Return (seq, body) of the last private fact `summary` up to a seq."""
+        ...
+
+    async def spent(self, profile_id: str, day: int) -> Spent:
+        """Return what a profile's runs have spent in a day of UTC, counted from 1970."""
         ...
 
     async def chunk(self, stream: Stream, after: int) -> Chunk | None:

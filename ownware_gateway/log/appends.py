@@ -14,6 +14,7 @@ from ownware_gateway.events import (
     AgentComplete,
     AgentSpawn,
     Asks,
+    CompactionEnd,
     Event,
     Fallback,
     PermissionRequest,
@@ -27,6 +28,7 @@ from ownware_gateway.events import (
     Usage,
 )
 from ownware_gateway.log import (
+    DAY_MS,
     INBOX,
     Append,
     Cancels,
@@ -38,6 +40,7 @@ from ownware_gateway.log import (
     Record,
     Refused,
     Run,
+    Spent,
     Starts,
     Stream,
     Tombstone,
@@ -58,6 +61,7 @@ class Appending:
         self._guard = append.guard
         self._private = append.private
         self._active_ms = append.active_ms
+        self._spent = append.spent
         self._types = [event.type for event in append.events]
         self._payloads = [event.encode() for event in append.events]
         #: Those that rows are about, by their place.
@@ -86,6 +90,7 @@ class Appending:
         for fact in self._private:
             connection.run("add_private", key, last, f"{fact.kind}.{fact.index:02d}", fact.body)
         if self._active_ms is not None:
+            self._add_spent(connection, run_id, now)
             connection.run("run_active_ms", self._active_ms, run_id)
         for place, event in self._facts:
             row = {"run_id": run_id, "seq": records[place].seq, "now": now}
@@ -93,6 +98,18 @@ class Appending:
         self._tell_others(connection, run_id, now)
         if isinstance(self._guard, Starts):
             self.started = connection.find_run(run_id)
+
+    def _add_spent(self, connection: GroupConnection, run_id: str, now: int) -> None:
+        """Add to the day's sum of the run's profile, before the run's own row is changed."""
+        cost_usd, turns, _ = self._spent or Spent()
+        connection.run(
+            "add_spent",
+            run_id=run_id,
+            day=now // DAY_MS,
+            cost_usd=cost_usd,
+            turns=turns,
+            active_ms=self._active_ms,
+        )
 
     def _tell_others(self, connection: GroupConnection, run_id: str, now: int) -> None:
         """Copy what people are asked, and their answers, to where people look.
@@ -251,6 +268,11 @@ def _change_rows(connection: GroupConnection, event: Event, row: dict[str, Any])
             connection.run("run_starts", **row)
         case TurnEnd():
             _add_usage(connection, row, event.usage)
+        case CompactionEnd(usage=Usage() as used):
+            # First, for the sum names the model that has answered last.
+            total = _usage_of(connection, row)
+            used = used.plus(total) if total.model else used
+            connection.run("run_usage", **row, usage=used.model_dump_json())
         case PermissionRequest() | QuestionRequest():
             connection.run(
                 "ask",
@@ -301,6 +323,11 @@ def _question(event: Asks) -> str | None:
 
 
 def _add_usage(connection: GroupConnection, row: dict[str, Any], usage: Usage) -> None:
+    total = _usage_of(connection, row).plus(usage)
+    connection.run("run_usage", **row, usage=total.model_dump_json())
+
+
+def _usage_of(connection: GroupConnection, row: dict[str, Any]) -> Usage:
     run = connection.find_run(row["run_id"])
     assert run is not None
-    connection.run("run_usage", **row, usage=run.usage.plus(usage).model_dump_json())
+    return run.usage

@@ -36,6 +36,7 @@ from ownware_gateway.log import (
     Retention,
     Run,
     RunQuery,
+    Spent,
     Stream,
     Thread,
     ThreadQuery,
@@ -340,6 +341,17 @@ class SqliteLog:
             facts += [(seq, int(name.rpartition(".")[2]), body) for seq, name, body in rows]
             position = (rows[-1][0], rows[-1][1])
         return facts
+
+    async def last_summary(self, stream: Stream, to: int) -> tuple[int, bytes] | None:
+        """Return (seq, body) of the last private fact `summary` up to a seq."""
+        key = await self._stream_key(stream)
+        rows = await self._rows(_SQL["last_summary"], (key, to)) if key is not None else []
+        return (rows[0][0], rows[0][1]) if rows else None
+
+    async def spent(self, profile_id: str, day: int) -> Spent:
+        """Return what a profile's runs have spent in a day of UTC."""
+        rows = await self._rows(_SQL["spent"], (profile_id, day))
+        return Spent(*rows[0]) if rows else Spent()
 
     async def chunk(self, stream: Stream, after: int) -> Chunk | None:
         """Return the next frames after a cursor, as many as fit; None when there are none yet."""

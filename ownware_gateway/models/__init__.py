@@ -8,7 +8,7 @@ adapter raises `ModelError` for it.
 
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Final, Literal, NamedTuple, Protocol
 
 from ownware_gateway.events import StopReason, Usage
 
@@ -151,9 +151,14 @@ class Model(Protocol):
         ...
 
 
+#: The code of a prompt that is longer than the model's window.
+OVERFLOW: Final = "context_overflow"
+
+
 class ModelError(Exception):
     """A model call failed.
 
+    `code` is `OVERFLOW` where the prompt is too long, else `provider_error`.
     `message` is for the person who runs the gateway: it names the provider, says what happened and
     what to do, and never contains a key. `retry` says why the same call may succeed later (None:
     it will not), `retry_after_s` when, if the provider said so.
@@ -237,6 +242,10 @@ class Catalogue(Protocol):
 
     async def price(self, model_id: str, usage: Usage) -> Usage:
         """Return the usage with `model` and `cost_usd` filled in; an unknown price stays None."""
+        ...
+
+    async def window(self, model_id: str) -> int | None:
+        """Return how many tokens prompt and answer may have together; None when it is unknown."""
         ...
 
     async def close(self) -> None:

@@ -183,6 +183,7 @@ class _Served:
 
     name: str
     remote: bool
+    window: int | None = None
 
 
 class KnownModels:
@@ -241,6 +242,7 @@ class KnownModels:
                 provider=provider,
                 has_credentials=True,
                 default=position == 0,
+                context_window=model.window,
                 input_cost_per_m_tok=None if model.remote else 0.0,
                 output_cost_per_m_tok=None if model.remote else 0.0,
             )
@@ -312,6 +314,27 @@ class KnownModels:
         else:
             cost = await self._price_usd(provider_id, name, usage)
         return usage.model_copy(update={"model": model_id, "cost_usd": cost})
+
+    async def window(self, model_id: str) -> int | None:
+        """Return how many tokens prompt and answer may have together; None when it is unknown.
+
+        Of a server of one's own, what it says of the model now; of any other, what the price data
+        says.
+        """
+        provider_id, _, name = model_id.partition(":")
+        if provider_id == DEMO:
+            return None
+        if provider_id in FREE:
+            served = (await self._served()).get(provider_id, ())
+            return next((model.window for model in served if model.name == name), None)
+        try:
+            if self._priced:
+                return _window(provider_id, name)
+            window = await asyncio.to_thread(_window, provider_id, name)
+        except (OSError, ImportError):
+            return None  # As with prices: there may be no file handle left now.
+        self._priced = True
+        return window
 
     async def close(self) -> None:
         """Close every connection to a provider."""
@@ -433,13 +456,36 @@ def _list(body: Any) -> Sequence[_Served]:
     """Return what a server lists: OpenAI's `data` of `id`s, or Ollama's `models` of `name`s."""
     entries = (body.get("data") or body.get("models")) if isinstance(body, dict) else None
     found = [
-        _Served(name, remote=bool(entry.get("remote_host")))
+        _Served(name, bool(entry.get("remote_host")), _served_window(entry))
         for entry in (entries if isinstance(entries, list) else ())
         if isinstance(entry, dict)
         and isinstance(name := entry.get("id") or entry.get("name"), str)
         and "embed" not in name
     ]
     return found[:SERVED_MAX]
+
+
+def _served_window(entry: Mapping[str, Any]) -> int | None:
+    """Return the window that a local server says it has set up for a model.
+
+    vLLM has `max_model_len`, llama.cpp `meta.n_ctx`, others `context_length` or `context_window`.
+    What a model was trained for (`n_ctx_train`) is not what the server lets it have.
+    """
+    meta = entry.get("meta")
+    found = [entry.get(name) for name in ("max_model_len", "context_length", "context_window")]
+    found.append(meta.get("n_ctx") if isinstance(meta, dict) else None)
+    return next((value for value in found if type(value) is int and value > 0), None)
+
+
+def _window(provider_id: str, name: str) -> int | None:
+    from genai_prices import data_snapshot
+
+    try:
+        _, model = data_snapshot.get_snapshot().find_provider_model(name, None, provider_id, None)
+    except LookupError:
+        return None
+    window: int | None = model.context_window
+    return window
 
 
 def _price_data() -> Sequence[Any]:

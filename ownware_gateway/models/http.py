@@ -11,6 +11,7 @@ import io
 import json
 import math
 import os
+import re
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -19,7 +20,7 @@ import aiohttp
 from yarl import URL
 
 from ownware_gateway.masking import Masker
-from ownware_gateway.models import ModelError, RetryReason
+from ownware_gateway.models import OVERFLOW, ModelError, RetryReason
 
 CONNECT_TIMEOUT_S: Final = 10.0
 
@@ -71,6 +72,22 @@ _STATUS: Final[Mapping[str, int]] = {
     "timeout_error": 504,
     "overloaded_error": 529,
 }
+
+#: What providers say of a prompt that is longer than the model's window, for few have a code for
+#: it: OpenAI and those that copy it (vLLM, OpenRouter, DeepSeek, Groq), Anthropic, Google, xAI,
+#: Mistral, Bedrock, llama.cpp, LM Studio and Ollama.
+_TOO_LONG: Final = (
+    r"context[ _](?:length|window)[ _]exceeded|exceed_context_size"
+    r"|maximum (?:context|prompt) length"
+    r"|(?:longer|greater|larger) than the (?:maximum model|context) length"
+    r"|exceeds? (?:the |this model's )?(?:\w+ )?context (?:window|limit|size|length)"
+    r"|context (?:window|limit|size|length) (?:has been )?exceeded"
+    r"|prompt (?:is )?too long|input is too long"
+    r"|input token count.{0,40}exceeds|reduce the length of the messages"
+)
+
+#: Statuses that mean something else whatever the words are: keys, money, rates.
+_NEVER_TOO_LONG: Final = frozenset({401, 402, 403, 429})
 
 #: Headers whose values are secret.
 _SECRET_HEADER_PARTS: Final = ("auth", "key", "token", "secret", "cookie")
@@ -208,6 +225,18 @@ def refused(
 
     `said` is the provider's own message; it is masked and cut here.
     """
+    if status not in _NEVER_TOO_LONG and re.search(_TOO_LONG, said, re.IGNORECASE):
+        quote = _quote(endpoint, said)
+        message = f"The prompt is too long for the model at {endpoint.provider}. It said: {quote}"
+        return ModelError(message, code=OVERFLOW)
+    message, retry = _meaning(endpoint, status)
+    if quote := _quote(endpoint, said):
+        message += f" It said: {quote}"
+    return ModelError(message, retry=retry, retry_after_s=retry_after_s if retry else None)
+
+
+def _meaning(endpoint: Endpoint, status: int) -> tuple[str, RetryReason | None]:
+    """Return what an HTTP status says, and why the call may succeed later, if it may."""
     who, variable = endpoint.provider, endpoint.key_variable
     retry: RetryReason | None = None
     match status:
@@ -231,9 +260,7 @@ def refused(
             message = f"{who} has moved away from {endpoint.address} ({status}). Check its address."
         case _:
             message = f"{who} did not accept the request ({status})."
-    if quote := _quote(endpoint, said):
-        message += f" It said: {quote}"
-    return ModelError(message, retry=retry, retry_after_s=retry_after_s if retry else None)
+    return message, retry
 
 
 def reported(endpoint: Endpoint, error: Any, status: int = 500) -> ModelError:

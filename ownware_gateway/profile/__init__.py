@@ -68,11 +68,41 @@ class Security(Strict):
     hitl_timeout_ms: DurationMs = 1_800_000
 
 
+class PerDay(Strict):
+    """What all runs of the profile may take in a day of UTC: money, model calls, active time."""
+
+    max_cost_usd: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    max_turns: int | None = Field(default=None, gt=0)
+    max_time: DurationMs | None = None
+
+    @property
+    def limited(self) -> bool:
+        """Whether there is any limit."""
+        return any(
+            limit is not None for limit in (self.max_cost_usd, self.max_turns, self.max_time)
+        )
+
+
 class Execution(Strict):
-    """What a run may take: active time, and money in US dollars."""
+    """What a run may take: active time, time by the clock, and money in US dollars."""
 
     timeout: DurationMs = 1_800_000
+    max_wall_time: DurationMs | None = None
     max_cost_usd: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    per_day: PerDay = Field(default_factory=PerDay)
+
+
+class Compaction(Strict):
+    """When a conversation is put into fewer words so that it fits the model's window.
+
+    `threshold` is the share of the window from which on; the latest `keep_turns` stay as they are.
+    `context_window` is the window in tokens, where the gateway does not know it.
+    """
+
+    enabled: bool = True
+    threshold: float = Field(default=0.75, ge=0.2, le=0.95)
+    keep_turns: int = Field(default=6, ge=1, le=1_000)
+    context_window: int | None = Field(default=None, ge=1_000)
 
 
 class Subagent(Strict):
@@ -88,6 +118,7 @@ class Profile(Strict):
     name: str = Field(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     description: str = ""
     model: str = Field(default="openai:gpt-5.5", pattern=r"^[a-z][a-z0-9_-]*:.+$")
+    small_fast_model: str | None = Field(default=None, pattern=r"^[a-z][a-z0-9_-]*:.+$")
     temperature: float | None = Field(default=None, ge=0, le=2, allow_inf_nan=False)
     max_tokens: int | None = Field(default=None, gt=0)
     max_turns: int = Field(default=100, gt=0, le=10_000)
@@ -96,6 +127,7 @@ class Profile(Strict):
     security: Security = Field(default_factory=Security)
     policies: list[Policy] = Field(default_factory=list, max_length=POLICIES_MAX)
     execution: Execution = Field(default_factory=Execution)
+    compaction: Compaction = Field(default_factory=Compaction)
     subagents: dict[ServerName, Subagent] = Field(default_factory=dict, max_length=SUBAGENTS_MAX)
     system_prompt: str = ""
     #: The text of SOUL.md, and where the files are; neither stands in agent.json.

@@ -17,6 +17,7 @@ from ownware_gateway import sse
 from ownware_gateway.events import Event, TextDelta, Usage
 from ownware_gateway.log import (
     CHUNK_BYTES_MAX,
+    DAY_MS,
     INBOX,
     Append,
     Cancels,
@@ -29,6 +30,7 @@ from ownware_gateway.log import (
     Refused,
     Run,
     RunQuery,
+    Spent,
     Starts,
     Stream,
     ThreadQuery,
@@ -575,6 +577,46 @@ async def test_private_facts_belong_to_the_last_event_of_their_append(log: Log) 
     assert await log.private(STREAM, "message", after=5) == []
     assert await log.private(Stream("thread_1", "child"), "message") == []
     assert b"two" not in await read_chunks(log)
+
+
+async def test_the_last_summary_up_to_a_number_is_found(log: Log) -> None:
+    await log.append(starts("run_1")).wait()
+    assert await log.last_summary(STREAM, 10) is None
+    for text in (b"one", b"two"):
+        facts = [Private("summary", text)]
+        await log.append(drives("run_1", delta(), delta(), private=facts)).wait()
+    assert await log.last_summary(STREAM, 2) is None
+    assert await log.last_summary(STREAM, 4) == (3, b"one")
+    assert await log.last_summary(STREAM, 5) == (5, b"two")
+    assert await log.last_summary(Stream("nobody"), 5) is None
+
+
+# -- what was spent
+
+
+async def test_what_a_day_s_answers_cost_is_summed_by_profile(log: Log, backend: Backend) -> None:
+    day = backend.clock.now_ms // DAY_MS
+    await log.append(starts("run_1")).wait()
+    await log.append(starts("run_2", Stream("thread_2"))).wait()
+    for run_id, stream in (("run_1", STREAM), ("run_2", Stream("thread_2"))):
+        answer = drives(run_id, delta(), stream=stream)
+        for active_ms in (100, 250):
+            spent = Spent(0.25, 1)
+            await log.append(replace(answer, active_ms=active_ms, spent=spent)).wait()
+    assert await log.spent("p", day) == Spent(1.0, 4, 500)
+    assert await log.spent("p", day + 1) == Spent()
+    assert await log.spent("other", day) == Spent()
+    backend.clock.now_ms += DAY_MS
+    await log.append(replace(drives("run_1", session_end("run_1")), active_ms=300)).wait()
+    assert await log.spent("p", day + 1) == Spent(0.0, 0, 50)
+
+
+async def test_an_append_that_is_refused_spends_nothing(log: Log, backend: Backend) -> None:
+    await log.append(starts("run_1")).wait()
+    stale = replace(drives("run_1", delta(), generation=7), active_ms=100, spent=Spent(1.0, 1))
+    with pytest.raises(Refused):
+        await log.append(stale).wait()
+    assert await log.spent("p", backend.clock.now_ms // DAY_MS) == Spent()
 
 
 async def test_private_facts_of_many_chunks_come_whole_though_many_have_one_seq(log: Log) -> None:

@@ -164,7 +164,7 @@ async def has_a_run(log: SqliteLog, thread: str | None) -> None:
     driven = (session_start(run.id), *[delta()] * 20, question(name))
     await log.append(drives(run.id, *driven, stream=stream)).wait()
     await log.append(replace(decides(name), stream=stream)).wait()
-    answer = [Private("message", b"{}")]
+    answer = [Private("message", b"{}"), Private("summary", b"{}")]
     ended = session_end(run.id)
     await log.append(drives(run.id, ended, stream=stream, private=answer)).wait()
 
@@ -213,6 +213,8 @@ FINDING: Final[dict[str, Operation]] = {
     "questions": lambda log: log.pending(),
     "questions of a run": lambda log: log.pending(run_id=run_id(20)),
     "question": lambda log: log.permission("perm_no"),
+    "a summary": lambda log: log.last_summary(LONG, 10**9),
+    "what was spent": lambda log: log.spent("bench", 20_000),
 }
 STARTING: Final[dict[str, Operation]] = {
     "charge": lambda log: log.charge(),

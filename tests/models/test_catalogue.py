@@ -13,7 +13,13 @@ from aiohttp import web
 from ownware_gateway.errors import BootError, GatewayError
 from ownware_gateway.events import Usage
 from ownware_gateway.models import Answer, ModelInfo, Request, UserTurn
-from ownware_gateway.models.catalogue import DEMO_ID, PROBE_KEPT_S, PROVIDERS, KnownModels
+from ownware_gateway.models.catalogue import (
+    DEMO_ID,
+    PROBE_KEPT_S,
+    PROVIDERS,
+    KnownModels,
+    _list,
+)
 from ownware_gateway.models.openai import OpenAI
 from ownware_gateway.models.responses import Responses
 from ownware_gateway.settings import Settings
@@ -81,6 +87,35 @@ async def test_the_default_of_a_provider_is_listed_once_and_with_its_price(name:
     assert default.output_cost_per_m_tok
     assert default.context_window
     assert default.context_window >= 100_000
+
+
+async def test_a_window_is_known_of_a_provider_s_models_and_of_no_others() -> None:
+    models = KnownModels(settings(ollama_host="http://127.0.0.1:1"))
+    for _ in ("read from the price data", "known"):
+        assert await models.window("openai:gpt-4o") == 128_000
+    claude = await models.window("anthropic:claude-sonnet-4-5")
+    assert claude is not None
+    assert claude >= 200_000
+    for name in ("openai:no-such-model", "ollama:llama3.2", DEMO_ID):
+        assert await models.window(name) is None
+
+
+@pytest.mark.parametrize(
+    ("entry", "window"),
+    [
+        ({"max_model_len": 8_192}, 8_192),
+        ({"meta": {"n_ctx": 4_096, "n_ctx_train": 131_072}}, 4_096),
+        ({"meta": {"n_ctx_train": 131_072}}, None),
+        ({"context_length": 32_768}, 32_768),
+        ({"context_window": 16_384}, 16_384),
+        ({"context_length": "large", "meta": "odd"}, None),
+        ({"context_length": True}, None),
+        ({}, None),
+    ],
+)
+def test_a_window_is_what_a_server_has_set_up(entry: dict[str, Any], window: int | None) -> None:
+    (served,) = _list({"data": [{"id": "m", **entry}]})
+    assert served.window == window
 
 
 async def test_what_can_be_used_at_once_is_known_without_the_list(provider: Provider) -> None:

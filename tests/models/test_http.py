@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from aiohttp import test_utils
 
-from ownware_gateway.models import ModelError
+from ownware_gateway.models import OVERFLOW, ModelError
 from ownware_gateway.models.http import (
     ERROR_BYTES_MAX,
     EVENT_BYTES_MAX,
@@ -258,6 +258,52 @@ async def test_each_status_says_what_to_do_and_whether_to_try_again(
     assert error.message.startswith("openai ")
     assert error.message.endswith("It said: Why it is so.")
     assert all(word in error.message for word in words)
+
+
+@pytest.mark.parametrize(
+    ("status", "said"),
+    [
+        (400, "prompt is too long: 213462 tokens > 200000 maximum"),
+        (400, "input length and `max_tokens` exceed context limit: 198000 + 32000 > 200000"),
+        (400, "This model's maximum context length is 8192 tokens, however you requested 9000."),
+        (400, "Your input exceeds the context window of this model."),
+        (400, "The input token count (1196265) exceeds the maximum number of tokens allowed."),
+        (400, "This model's maximum prompt length is 131072 but the request contains 537812."),
+        (400, "The decoder prompt (length 9000) is longer than the maximum model length of 8192."),
+        (400, "the request exceeds the available context size. try increasing the context size"),
+        (400, "Input is too long for requested model."),
+        (400, "Please reduce the length of the messages or completion."),
+        (413, "Prompt too long; exceeded max context length by 4 tokens"),
+        (500, "the input length exceeds the context length"),
+        (500, "Context size has been exceeded."),
+    ],
+)
+async def test_a_prompt_that_is_too_long_is_told_from_other_mistakes(
+    provider: Provider, pool: Pool, status: int, said: str
+) -> None:
+    provider.reply(Reply(status=status, error=said))
+    with pytest.raises(ModelError) as raised:
+        await read(pool, endpoint(provider))
+    for error in (raised.value, reported(endpoint(provider), {"message": said})):
+        assert (error.code, error.retry) == (OVERFLOW, None)
+        assert said in error.message
+
+
+@pytest.mark.parametrize(
+    ("status", "said"),
+    [
+        (429, "Request too large on tokens per min: reduce the length of the messages."),
+        (401, "The maximum context length is for paying customers."),
+        (400, "'messages' is too short"),
+        (400, "max_tokens is too large"),
+        (400, "The context is missing."),
+    ],
+)
+async def test_what_sounds_like_a_long_prompt_and_is_none_is_no_overflow(
+    provider: Provider, pool: Pool, status: int, said: str
+) -> None:
+    provider.reply(Reply(status=status, error=said))
+    assert (await failure(pool, endpoint(provider))).code == "provider_error"
 
 
 async def test_a_server_that_wants_a_key_where_none_is_set_is_understood(

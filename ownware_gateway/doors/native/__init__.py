@@ -22,6 +22,7 @@ from ownware_gateway.doors.native.answers import (
     profile_shape,
     run_shape,
     thread_shape,
+    usage_shape,
 )
 from ownware_gateway.doors.native.bodies import (
     BODY_BYTES_MAX,
@@ -141,6 +142,7 @@ class Native(ServerHandlers, ServiceHandlers):
             web.get(f"{base}/approvals", self.approvals),
             web.get(f"{base}/approvals/events", self.approval_events, allow_head=False),
             web.get(f"{base}/models", self.models),
+            web.get(f"{base}/usage", self.usage),
             web.get(f"{base}/profiles", self.list_profiles),
             web.get(f"{base}/profiles/{{profile_id}}", self.profile),
             *self.server_routes(f"{base}/mcp"),
@@ -499,6 +501,15 @@ class Native(ServerHandlers, ServiceHandlers):
         """List the models, the usable ones first."""
         query(request)
         return answer([model_shape(model) for model in await self._catalogue.list()])
+
+    async def usage(self, request: web.Request) -> web.Response:
+        """Show what a profile's runs have spent today, and what they may."""
+        profile_id = query(request, "profileId").get("profileId")
+        if profile_id is None:
+            raise GatewayError("invalid_request", "The parameter 'profileId' is missing.")
+        profile = self._profiles.get(profile_id)
+        spent, resets_at = await self._engine.budgets.today(profile)
+        return answer(usage_shape(profile, spent, resets_at))
 
     async def list_profiles(self, request: web.Request) -> web.Response:
         """List the profiles, and what is wrong with those that cannot be used."""

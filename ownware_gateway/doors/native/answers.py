@@ -12,7 +12,7 @@ from aiohttp import web
 from pydantic.alias_generators import to_camel
 
 from ownware_gateway.errors import GatewayError
-from ownware_gateway.log import ROOT, Permission, Run, Thread
+from ownware_gateway.log import ROOT, Permission, Run, Spent, Thread
 from ownware_gateway.masking import Masker
 from ownware_gateway.models import ModelInfo
 from ownware_gateway.profile import Profile
@@ -145,6 +145,17 @@ def thread_shape(thread: Thread) -> dict[str, Any]:
 def model_shape(model: ModelInfo) -> dict[str, Any]:
     """Return an entry of `GET /models`."""
     return {to_camel(name): value for name, value in asdict(model).items()}
+
+
+def usage_shape(profile: Profile, spent: Spent, resets_at: int) -> dict[str, Any]:
+    """Return what a profile's runs have spent today, as `GET /usage` shows it."""
+    budgets = profile.execution.per_day.model_dump(mode="json")
+    return {
+        "profileId": profile.name,
+        "resetsAt": resets_at,
+        **{to_camel(name): value for name, value in spent._asdict().items()},
+        "perDay": budgets,
+    }
 
 
 def profile_shape(profile: Profile) -> dict[str, Any]:

@@ -210,6 +210,23 @@ ORDER BY seq LIMIT ?;
 SELECT seq, kind, body FROM private
 WHERE stream_key = ? AND kind >= ? AND kind < ? AND (seq, kind) > (?, ?) ORDER BY seq, kind;
 
+-- last_summary --
+SELECT seq, body FROM private INDEXED BY summaries
+WHERE stream_key = ? AND seq <= ? AND kind = 'summary.00' ORDER BY seq DESC LIMIT 1;
+
+-- add_spent --
+-- Before the run's row: what the run has been active since then is the difference.
+INSERT INTO spent (profile_id, day, cost_usd, turns, active_ms)
+SELECT profile_id, :day, :cost_usd, :turns, max(:active_ms - active_ms, 0)
+FROM runs WHERE id = :run_id
+ON CONFLICT (profile_id, day) DO UPDATE SET
+    cost_usd = cost_usd + excluded.cost_usd,
+    turns = turns + excluded.turns,
+    active_ms = active_ms + excluded.active_ms;
+
+-- spent --
+SELECT cost_usd, turns, active_ms FROM spent WHERE profile_id = ? AND day = ?;
+
 -- agents --
 SELECT streams.agent_id, streams.head
 FROM streams JOIN threads ON threads.key = streams.thread_key
