@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import dataclasses
-import importlib.util
 import logging
 import secrets
 import socket
@@ -26,7 +25,6 @@ from ownware_gateway.errors import BootError
 from ownware_gateway.log import Log, Retention
 from ownware_gateway.log.sqlite import SqliteLog
 from ownware_gateway.masking import Masker
-from ownware_gateway.mcp import SDK_MISSING
 from ownware_gateway.mcp.config import FILE_NAME, ServerFiles
 from ownware_gateway.mcp.keeper import Given
 from ownware_gateway.mcp.supervisor import Supervisor
@@ -40,6 +38,7 @@ from ownware_gateway.services.registry import Registry
 from ownware_gateway.settings import Settings, child_environment, own_variable
 from ownware_gateway.stream import Streamer
 from ownware_gateway.tools import Tool, ask, files, search, shell, todo, web as web_tools
+from ownware_gateway.tools.knowledge import Knowledge
 from ownware_gateway.tools.spawn import Spawning
 
 #: How long the steps under way may take when the gateway leaves.
@@ -125,7 +124,10 @@ async def gateway(settings: Settings) -> AsyncIterator[Gateway]:
         services = _services(settings, data_dir, masker, servers)
         stack.push_async_callback(services.close)
         known = tools(settings)
-        profiles = Profiles(Path(settings.profiles), _known(known, servers, services))
+        knowledge, spawning = Knowledge(masker, clock_ms), Spawning()
+        brought = {**knowledge.known(), **spawning.known()}
+        names = _known({**known, **brought}, servers, services)
+        profiles = Profiles(Path(settings.profiles), names, workspace)
         catalogue = KnownModels(settings)
         stack.push_async_callback(catalogue.close)
         log = await SqliteLog.open(data_dir.database, clock_ms)
@@ -139,7 +141,7 @@ async def gateway(settings: Settings) -> AsyncIterator[Gateway]:
                 for name, tool in known.items()
                 if name != "web_search" or settings.search_provider
             },
-            sources=(servers, services, Spawning()),
+            sources=(servers, services, knowledge, spawning),
             masker=masker,
             workspace=workspace,
             data_dir=data_dir.path,
@@ -247,9 +249,7 @@ def _services(
 def _known(tools: Mapping[str, Tool], servers: Supervisor, services: Registry) -> Known:
     """Return what a profile may name."""
     arguments = {name: tool.input_schema.get("properties", {}) for name, tool in tools.items()}
-    sdk = importlib.util.find_spec("mcp")
-    missing = None if sdk is not None else SDK_MISSING
-    return Known(arguments, servers.names, missing, services.names)
+    return Known(arguments, servers.names, services.names)
 
 
 async def _name_server(_request: web.Request, response: web.StreamResponse) -> None:

@@ -210,7 +210,7 @@ class Calls:
 
     @cached_property
     def _ground(self) -> "Ground":
-        return _ground(self._parts)
+        return _ground(self._parts, self._profile_now.folder)
 
     @property
     def _turn(self) -> Turn:
@@ -431,14 +431,19 @@ class Calls:
             return _failed(f"{tool.name} failed inside the gateway; its log says why.")
 
 
-def _ground(parts: Parts) -> "Ground":
+def _ground(parts: Parts, profile_folder: str) -> "Ground":
     """Return the folders that floors are about, by the names that a call may have for them."""
     from ownware_gateway.floors import Ground
 
     workspace = os.path.normpath(parts.workspace)
     home = parts.environment.get("HOME") or os.path.expanduser("~")
     roots = tuple(dict.fromkeys((workspace, os.path.realpath(workspace))))
-    return Ground(roots, os.path.realpath(parts.data_dir), os.path.normpath(home))
+    return Ground(
+        roots,
+        os.path.realpath(parts.data_dir),
+        os.path.normpath(home),
+        profiles=os.path.realpath(os.path.dirname(profile_folder)) if profile_folder else "",
+    )
 
 
 def _failed(message: str) -> Output:

@@ -253,6 +253,8 @@ def _say_what_is_there(up: Gateway, settings: Settings) -> None:
     _say_field("Profiles", f"{', '.join(names) or 'none'} (in {folder})")
     for item in up.profiles.broken():
         _say_field("", f"not usable: {item.message}")
+    for item in up.profiles.warnings():
+        _say_field("", item.message)
     _say_field("Data", str(up.data_dir))
     _say_field("Workspace", str(up.workspace))
     if up.recovered:

@@ -133,5 +133,5 @@ def _profiles(folder: Path) -> Iterator[Finding]:
         yield Finding("ok", f"Profiles in {folder}: {', '.join(names)}.")
     else:
         yield Finding("warn", f"There are no profiles in {folder}. Run: ownware init")
-    for broken in profiles.broken():
-        yield Finding("warn", broken.message)
+    for item in (*profiles.broken(), *profiles.warnings()):
+        yield Finding("warn", item.message)

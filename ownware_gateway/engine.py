@@ -68,7 +68,10 @@ _log: Final = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class StartRun:
-    """What somebody asks for: a profile's agent to answer a prompt."""
+    """What somebody asks for: a profile's agent to answer a prompt.
+
+    `skills` of the profile are in the system prompt from the start, by their names.
+    """
 
     profile_id: str
     prompt: str
@@ -76,6 +79,7 @@ class StartRun:
     thread_id: str | None = None
     files: Sequence[File] = ()
     key: IdempotencyKey | None = None
+    skills: Sequence[str] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +145,7 @@ class Engine:
     async def start(self, wanted: StartRun) -> Started:
         """Start a run; return once its first event is durable.
 
-        Raises GatewayError: `not_found` for an unknown profile or thread, `unknown_model`,
+        Raises GatewayError: `not_found` for an unknown profile, skill or thread, `unknown_model`,
         `run_in_progress`, `budget_exceeded`, `overloaded`, `shutting_down`.
         """
         if wanted.key is not None:
@@ -157,7 +161,7 @@ class Engine:
             self._starting -= 1
 
     async def _start(self, wanted: StartRun) -> Started:
-        profile = self._profiles.get(wanted.profile_id)
+        profile = self._profiles.get(wanted.profile_id, wanted.skills)
         dispatch = await self._dispatch(profile, wanted)
         await self.budgets.admit(profile)
         run_id = self._parts.new_id("run")

@@ -1,8 +1,9 @@
 """What no profile, mode or answer of a person lets happen, as far as a call shows it.
 
-Three floors: secrets of the gateway go to no tool, files that hold keys and the gateway's own files
-are not read, and nothing is deleted outside the workspace. For a shell they are no sandbox: what a
-command does is seen in its words alone, so a program that is written for the purpose gets by.
+Four floors: secrets of the gateway go to no tool, files that hold keys and the gateway's own files
+are not read, nothing is deleted outside the workspace, and no agent changes what makes a profile.
+For a shell they are no sandbox: what a command does is seen in its words alone, so a program that
+is written for the purpose gets by.
 """
 
 import itertools
@@ -15,13 +16,19 @@ from typing import Any, Final
 
 from ownware_gateway.keyfiles import holds_keys
 from ownware_gateway.masking import Masker
-from ownware_gateway.permissions import Verdict
+from ownware_gateway.permissions import Verdict, stricter
 from ownware_gateway.policies import Operation, normal
 from ownware_gateway.shell_syntax import FIND_RUNS, Command, Script, Word
 
 SECRETS: Final = "floor.secrets"
 KEYS: Final = "floor.keys"
 DELETION: Final = "floor.deletion"
+PROFILE: Final = "floor.profile"
+
+#: What of a profile's folder says who an agent is and what it may do, in lower case.
+PROFILE_FILES: Final = frozenset(
+    {"agent.json", "agent.yaml", "agent.yml", "agents.md", "skills", "soul.md"}
+)
 
 #: Programs that remove the files that they are given, and those that do so with all but the last.
 DELETES: Final = frozenset({"rm", "rmdir", "shred", "srm", "truncate", "unlink", "wipe"})
@@ -35,6 +42,16 @@ NAMES_ONLY: Final = frozenset(
     {"[", "basename", "chmod", "chown", "dirname", "echo", "ls", "mkdir", "printf", "pwd"}
     | {"readlink", "realpath", "rm", "rmdir", "stat", "test", "touch", "unlink"}
 )
+
+#: Programs that show files and change none, as long as nothing is redirected.
+SHOWS_ONLY: Final = frozenset(
+    {"[", "basename", "cat", "cd", "cmp", "diff", "dirname", "du", "echo", "egrep", "fgrep", "file"}
+    | {"grep", "head", "jq", "less", "ls", "md5sum", "more", "printf", "pwd", "readlink"}
+    | {"realpath", "rg", "sha256sum", "stat", "tail", "test", "wc"}
+)
+
+#: Programs whose last word is what they write, unless an option says where to.
+COPIES: Final = frozenset({"cp", "install"})
 
 #: Builtins after which a relative path means another folder.
 CHANGES_FOLDER: Final = frozenset({"cd", "chdir", "popd", "pushd"})
@@ -63,12 +80,14 @@ class Ground:
 
     `roots` are the paths of the workspace, which may lie in the data directory. `follow` returns
     where a path leads when the links in it are followed; ValueError for what can be no path.
+    `profiles` is the folder of profiles, links followed; empty when it is not known.
     """
 
     roots: tuple[str, ...]
     data_dir: str
     home: str
     follow: Callable[[str], str] = os.path.realpath
+    profiles: str = ""
 
     def real(self, path: str) -> str:
         """Return where a path leads; what can be no path leads nowhere else."""
@@ -89,6 +108,14 @@ class Ground:
         root = next((root for root in self.roots if _is_in(path, root)), "")
         return holds_keys(path[len(root) :].split("/"))
 
+    def makes_profile(self, path: str) -> bool:
+        """Whether an absolute path is of what makes a profile, or a folder that holds it all."""
+        path, profiles = path.lower(), self.profiles.lower()
+        if not profiles or not _is_in(path, profiles):
+            return False
+        below = path[len(profiles) :].strip("/").split("/")
+        return len(below) < 2 or below[1] in PROFILE_FILES
+
 
 def _is_in(path: str, folder: str) -> bool:
     return path == folder or path.startswith(f"{folder.rstrip('/')}/")
@@ -104,11 +131,13 @@ def floor(operation: Operation, ground: Ground, masker: Masker) -> Verdict | Non
             "deny", "The arguments hold a secret of the gateway, which no tool is given.", SECRETS
         )
     if script is None:
-        return _paths_of_a_call(operation, ground)
+        return _paths_of_a_call(operation, ground) or _profile_of_a_call(operation, ground)
     places = list(_places(script, ground))
     if any(len(place.folders) > FOLDERS_MAX for place in places):
         return _too_many()
-    return _reading(script, places, ground) or _deletion(script, places, ground)
+    held = _reading(script, places, ground) or _deletion(script, places, ground)
+    changed = _profile(script, places, ground)
+    return stricter(held, changed) if held and changed else held or changed
 
 
 def _no_keys() -> Verdict:
@@ -181,6 +210,47 @@ def _fixed(path: str) -> str:
             break
         kept.append(part)
     return str(PurePath(*kept)) if kept else "/"
+
+
+# -- what makes a profile
+
+
+def _no_profile() -> Verdict:
+    return Verdict(
+        "deny",
+        "It changes what makes a profile: no agent says what agents may do. Tell the user.",
+        PROFILE,
+    )
+
+
+def _perhaps_profile() -> Verdict:
+    return Verdict(
+        "ask", "It names what makes a profile, and that it changes none is not certain.", PROFILE
+    )
+
+
+def _profile_of_a_call(operation: Operation, ground: Ground) -> Verdict | None:
+    if operation.tool.reads_only or not ground.profiles:
+        return None
+    for name, value in operation.arguments.items():
+        if not _PATH_ARGUMENT.search(name):
+            continue
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str) and any(
+                _leads_to_profile(text.removeprefix("file://"), root, ground)
+                for root in ground.roots
+            ):
+                # What a tool of another program does with a path is not known.
+                return _perhaps_profile() if operation.tool.origin else _no_profile()
+    return None
+
+
+def _leads_to_profile(text: str, folder: str, ground: Ground, *, follow: bool = True) -> bool:
+    written = _expanded(text, folder, ground)
+    if written is None:
+        return False
+    path = normal(_fixed(written))
+    return ground.makes_profile(path) or (follow and ground.makes_profile(ground.real(path)))
 
 
 # -- a shell
@@ -341,3 +411,46 @@ def _is_outside(word: Word, command: Command, ground: Ground, folder: str) -> bo
     if path in ground.roots or fixed != written or command.program in FOLLOWS_LINKS:
         return not ground.inside(ground.real(path))
     return not ground.inside(ground.real(os.path.dirname(path)))
+
+
+# -- a shell and what makes a profile
+
+
+def _profile(script: Script, places: Sequence[_Place], ground: Ground) -> Verdict | None:
+    if not ground.profiles:
+        return None
+    doubt = False
+    left = FOLLOWED_CHARS_MAX
+    for place in places:
+        for word, writes in _used_words(place.command):
+            for piece, folder in itertools.product(_pieces(word.text), place.folders):
+                left -= len(piece) + len(folder)
+                if left < 0:
+                    return _perhaps_profile()
+                if _leads_to_profile(piece, folder, ground):
+                    if writes:
+                        return _no_profile()
+                    doubt = True
+    if not doubt and (not script.whole or any(map(_passes_on, script.commands))):
+        pieces = _PATH_IN_TEXT.findall(re.sub(r"['\"\\]", "", script.text))
+        doubt = any(
+            _leads_to_profile(piece, root, ground, follow=False)
+            for piece in pieces
+            for root in ground.roots
+        )
+    return _perhaps_profile() if doubt else None
+
+
+def _used_words(command: Command) -> Iterator[tuple[Word, bool]]:
+    """Yield the words of a command that may name what it changes, and whether it does for sure."""
+    for item in command.redirections:
+        if ">" in item.operator:
+            yield item.target, True
+    words = command.words[1:]
+    if command.program in SHOWS_ONLY and not command.given:
+        return
+    if command.program in COPIES and not any(word.text.startswith(("-t", "--t")) for word in words):
+        words = words[-1:]
+    sure = command.program in DELETES | MOVES | COPIES | {"tee"} and not command.given
+    for word in words:
+        yield word, sure and word.known

@@ -7,7 +7,7 @@ from collections.abc import Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-from ownware_gateway.profile import SEPARATOR, SPAWN, Profile
+from ownware_gateway.profile import BROUGHT, SEPARATOR, Profile
 from ownware_gateway.tools import Tool
 
 if TYPE_CHECKING:
@@ -37,20 +37,22 @@ def allowed_tools(profile: Profile, tools: dict[str, Tool]) -> dict[str, Tool]:
     """Return the tools that a profile's agent has: its preset, plus `allow`, minus `deny`.
 
     The tools of the MCP servers and services that a profile declares itself are its own under any
-    preset, and so is the one that spawns the agents that it names.
+    preset, and so are those that its folder or its fields bring, which nothing else gives it.
     """
     preset = _PRESETS.get(profile.tools.preset)
     return {
         name: tool
         for name, tool in tools.items()
         if (
-            preset is None
-            or name in preset
-            or profile.tools.allows(name)
-            or profile.tools.declares(name.partition(SEPARATOR)[0])
-            or name == SPAWN
+            name in profile.brings
+            if name in BROUGHT
+            else (
+                preset is None
+                or name in preset
+                or profile.tools.allows(name)
+                or profile.tools.declares(name.partition(SEPARATOR)[0])
+            )
         )
-        and (name != SPAWN or profile.subagents)
         and not profile.tools.denies(name)
     }
 

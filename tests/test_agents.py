@@ -377,7 +377,6 @@ async def test_the_tool_is_the_profiles_own_under_any_preset_and_tells_when_to_u
         ({"subagents": {"a__b": {"profile": "helps"}}}, "subagents"),
         ({"subagents": {"a": {}}}, "subagents.a.profile"),
         ({"subagents": {f"a{n}": {"profile": "p"} for n in range(17)}}, "16"),
-        ({"policies": [{"tool": "spawn_agent", "decision": "deny"}]}, "spawn_agent"),
         (
             {
                 "subagents": helper_of("helps"),

@@ -22,15 +22,18 @@ from ownware_gateway.app import tools
 from ownware_gateway.doors.native import Native
 from ownware_gateway.errors import CODES
 from ownware_gateway.events import ASKING, EVENTS, Attachment, Fallback, StopReason, Usage, Wire
+from ownware_gateway.floors import DELETION, KEYS, PROFILE, SECRETS
+from ownware_gateway.masking import Masker
 from ownware_gateway.models import Answer, Request, UserTurn
 from ownware_gateway.models.catalogue import DEMO_ID, PROVIDERS
 from ownware_gateway.models.demo import ABOUT, Demo
 from ownware_gateway.permissions import allowed_tools
-from ownware_gateway.profile import PermissionMode, Preset, Profile
+from ownware_gateway.profile import BROUGHT, SPAWN, PermissionMode, Preset, Profile
 from ownware_gateway.profile.folder import Profiles
 from ownware_gateway.profile.servers import McpServer
 from ownware_gateway.profile.services import Login, Service
 from ownware_gateway.settings import Settings, variable
+from ownware_gateway.tools.knowledge import Knowledge
 from tests.bench.__main__ import kept, page
 from tests.gateway import (
     Gateways,
@@ -335,6 +338,22 @@ def test_the_profiles_page_lists_every_tool_with_its_arguments_and_presets() -> 
     assert described == expected
 
 
+def test_the_profiles_page_lists_the_tools_that_a_folder_brings() -> None:
+    text = read("docs/profiles.md")
+    rows = [*table(section(text, "Skills")), *table(section(text, "Memory"))]
+    described = {ticked(row[0])[0]: set(ticked(row[1])) for row in rows}
+    brought = Knowledge(Masker(), lambda: 0).known()
+    assert {*brought, SPAWN} == BROUGHT
+    assert described == {
+        name: set(tool.input_schema["properties"]) for name, tool in brought.items()
+    }
+
+
+def test_the_profiles_page_lists_the_floors() -> None:
+    rows = table(section(read("docs/profiles.md"), "Floors"))
+    assert {ticked(row[0])[0] for row in rows} == {SECRETS, KEYS, DELETION, PROFILE}
+
+
 def test_the_profiles_page_lists_the_permission_modes() -> None:
     rows = table(section(read("docs/profiles.md"), "Permissions"))
     assert [ticked(row[0])[0] for row in rows] == list(get_args(PermissionMode))
@@ -344,7 +363,7 @@ def test_the_profiles_that_come_with_the_gateway_are_valid_and_described() -> No
     profiles = Profiles(ROOT / "profiles")
     assert profiles.broken() == []
     named = re.findall(
-        r"^- `(\w+)`", section(read("docs/profiles.md"), "What comes with the gateway"), re.M
+        r"^- `([\w-]+)`", section(read("docs/profiles.md"), "What comes with the gateway"), re.M
     )
     assert sorted(named) == [profile.name for profile in profiles.all()]
     for profile in profiles.all():

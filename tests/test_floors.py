@@ -6,7 +6,7 @@ from typing import Any, Final
 import pytest
 
 from ownware_gateway.app import tools
-from ownware_gateway.floors import DELETION, KEYS, SECRETS, Ground, floor
+from ownware_gateway.floors import DELETION, KEYS, PROFILE, SECRETS, Ground, floor
 from ownware_gateway.masking import Masker
 from ownware_gateway.permissions import Verdict
 from ownware_gateway.policies import Operation
@@ -306,3 +306,88 @@ def test_a_path_that_is_no_path_is_no_matter_of_a_floor() -> None:
     for text in ("\0", "a\ud800", "a" * 300, "a/" * 3000):
         assert ask("fs__read", real, path=text) is None
         assert ask("shell_execute", real, command=f"cat {text}") is None
+
+
+# -- what makes a profile
+
+PROFILES: Final = Ground(
+    ("/srv/work",), "/data", "/home/me", lambda path: path, profiles="/srv/work/profiles"
+)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "profiles/assistant/agent.json",
+        "profiles/new/AGENT.YAML",
+        "profiles/assistant/SOUL.md",
+        "./profiles//assistant/x/../AGENTS.md",
+        "/srv/work/profiles/assistant/skills/a/SKILL.md",
+        "profiles/assistant/skills",
+        "Profiles/assistant/soul.md",
+    ],
+)
+def test_no_tool_changes_what_makes_a_profile(path: str) -> None:
+    for name in ("write_file", "edit_file"):
+        found = ask(name, PROFILES, path=path)
+        assert found is not None
+        assert (found.decision, found.rule) == ("deny", PROFILE)
+    assert ask("read_file", PROFILES, path=path) is None
+    assert ask("write_file", PROFILES, path=path.replace("rofiles", "rofile")) is None
+    theirs = Tool("fs__write", "", {}, no_call, origin="fs")
+    found = floor(Operation(theirs, {"path": path}, "hash", ("/srv/work",)), PROFILES, Masker())
+    assert found is not None
+    assert found.decision == "ask"
+
+
+@pytest.mark.parametrize(
+    "path", ["profiles/assistant/data.csv", "profile/agent.json", "agent.json", "SOUL.md"]
+)
+def test_other_files_are_no_matter_of_that_floor(path: str) -> None:
+    assert ask("write_file", PROFILES, path=path) is None
+    assert shell(f"echo x > {path}", PROFILES) is None
+
+
+@pytest.mark.parametrize(
+    ("command", "decision"),
+    [
+        ("echo x > profiles/a/SOUL.md", "deny"),
+        ("echo x >> ./profiles/a/AGENTS.md", "deny"),
+        ("cd profiles/a && echo x > agent.json", "deny"),
+        ("cat x | tee profiles/a/agent.json", "deny"),
+        ("cp x profiles/a/agent.json", "deny"),
+        ("cp -t profiles/a agent.json", "deny"),
+        ("ln -s profiles/a link", "ask"),
+        ("mv evil profiles/a", "deny"),
+        ("rm -r profiles/a/skills", "deny"),
+        ("sh -c 'echo x > profiles/a/SOUL.md'", "deny"),
+        ("sudo tee /srv/work/profiles/a/SOUL.md", "ask"),
+        ("sed -i s/a/b/ profiles/a/agent.json", "ask"),
+        ("python x.py --file=profiles/a/agent.json", "ask"),
+        ("git checkout -- profiles/a/SOUL.md", "ask"),
+        ("eval \"echo x > 'profiles/a/SOUL.md'\"", "deny"),
+        ("f() { cat > $1; }; f profiles/a/SOUL.md", "ask"),
+        ("cat profiles/a/SOUL.md", None),
+        ("ls -l profiles", None),
+        ("grep -r x profiles/a/skills | head > out.txt", None),
+        ("cp profiles/a/SOUL.md copy.md", None),
+        ("echo profiles/a/SOUL.md", None),
+        ("make", None),
+    ],
+)
+def test_a_command_that_changes_what_makes_a_profile(command: str, decision: str | None) -> None:
+    found = shell(command, PROFILES)
+    assert found == (None if decision is None else (decision, PROFILE))
+
+
+def test_a_link_to_what_makes_a_profile_is_followed(tmp_path: Path) -> None:
+    profile = tmp_path / "profiles" / "a"
+    profile.mkdir(parents=True)
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "link").symlink_to(profile)
+    ground = Ground(
+        (str(tmp_path / "work"),), "/data", "/home/me", profiles=str(tmp_path / "profiles")
+    )
+    assert shell("echo x > link/SOUL.md", ground) == ("deny", PROFILE)
+    assert shell(f"echo x > {profile}/SOUL.md", ground) == ("deny", PROFILE)
+    assert shell("echo x > link/other.txt", ground) is None

@@ -7,10 +7,8 @@ import pytest
 from pydantic import ValidationError
 
 from ownware_gateway.errors import GatewayError
-from ownware_gateway.mcp import SDK_MISSING
 from ownware_gateway.profile import Profile, folder as module
 from ownware_gateway.profile.folder import Profiles
-from ownware_gateway.profile.names import Known
 
 FULL = {
     "name": "coder",
@@ -45,6 +43,8 @@ FULL = {
     "smallFastModel": "openai:gpt-4.1-mini",
     "compaction": {"enabled": False, "threshold": 0.5, "keepTurns": 3, "contextWindow": 32_000},
     "subagents": {"reviewer": {"profile": "careful", "description": "Reads."}},
+    "skills": {"enabled": False},
+    "memory": {"enabled": True, "append": True, "workspace": False},
     "systemPrompt": "Be brief.",
 }
 
@@ -189,6 +189,12 @@ def test_what_is_no_profile_is_left_alone(tmp_path: Path) -> None:
         ({"tools": {"mcp": {"a": {"url": "ftp://a"}}}}, "The field 'tools.mcp.a.url' is"),
         ({"tools": {"mcp": {"a__b": {"command": "x"}}}}, "tools.mcp.a__b"),
         ({"soul": "x"}, "the field 'soul' is the text of SOUL.md beside it."),
+        ({"notes": "x"}, "the field 'notes' is what AGENTS.md and the skills beside it say."),
+        ({"listed": {"a": "/etc/passwd"}}, "the field 'listed' is the files of the skills"),
+        (
+            {"memory": {"apend": True}},
+            "There is no field 'memory.apend'; did you mean 'append'?",
+        ),
         ({"description": "x\ud800"}, "holds half a character, like \\ud800 alone."),
         ({"systemPrompt": ["x" * 200]}, "x..."),
     ],
@@ -390,8 +396,11 @@ def test_a_run_keeps_all_of_the_version_it_started_with(
 ) -> None:
     write(tmp_path, "a", data)
     write(tmp_path, "a", 'é \N{KEY} "quoted"\n', "SOUL.md")
+    write(tmp_path, "a", "A note.", "AGENTS.md")
+    write(tmp_path, "a", "---\ndescription: A skill.\n---\n", "skills/s.md")
     profile = Profiles(tmp_path).get(str(data["name"]))
     assert profile.soul
+    assert profile.notes
     assert Profile.restore(profile.dump()) == profile
 
 
@@ -415,13 +424,3 @@ def test_a_server_is_described_in_the_words_of_other_programs_too(tmp_path: Path
     found = Profiles(tmp_path).get("mine").tools.mcp
     assert [server.transport for server in found.values()] == ["http", "http", "sse", "stdio"]
     assert Profile.restore(Profiles(tmp_path).get("mine").dump()).tools.mcp == found
-
-
-def test_a_profile_that_names_servers_says_what_is_missing_to_use_them(tmp_path: Path) -> None:
-    write(tmp_path, "mine", {"name": "mine", "tools": {"mcp": {"a": {"command": "x"}}}})
-    write(tmp_path, "other", {"name": "other"})
-    profiles = Profiles(tmp_path, Known({}, mcp_missing=SDK_MISSING))
-    assert names(profiles) == ["other"]
-    with pytest.raises(GatewayError) as caught:
-        profiles.get("mine")
-    assert "pip install 'ownware-gateway[mcp]'" in caught.value.message

@@ -6,6 +6,7 @@ docs/profiles.md describes every field; a test holds it complete.
 """
 
 import json
+from collections.abc import Set
 from typing import Final, Literal
 
 from pydantic import Field
@@ -18,11 +19,17 @@ from ownware_gateway.profile.services import Service
 #: Most rules of a profile.
 POLICIES_MAX: Final = 200
 
+#: What people and agents note for an agent, beside SOUL.md.
+NOTES_FILE: Final = "AGENTS.md"
+
 #: Stands between the name of an MCP server or a service and its tool's: `server__tool`.
 SEPARATOR: Final = "__"
 
 #: The tool that spawns an agent's sub-agents; there is one where its profile names some.
 SPAWN: Final = "spawn_agent"
+
+#: The tools that a profile brings itself, see `Profile.brings`.
+BROUGHT: Final = frozenset({"forget", "load_skill", "remember", SPAWN})
 
 #: Most sub-agents that a profile names.
 SUBAGENTS_MAX: Final = 16
@@ -112,6 +119,23 @@ class Subagent(Strict):
     description: str = Field(default="", max_length=1000)
 
 
+class Skills(Strict):
+    """Whether the agent has the skills that lie in its folder."""
+
+    enabled: bool = True
+
+
+class Memory(Strict):
+    """Whether AGENTS.md is part of the system prompt, and whether the agent may add to it.
+
+    `workspace` takes the one in the workspace too, which anybody may have written.
+    """
+
+    enabled: bool = True
+    append: bool = False
+    workspace: bool = False
+
+
 class Profile(Strict):
     """An agent as its files describe it."""
 
@@ -129,19 +153,38 @@ class Profile(Strict):
     execution: Execution = Field(default_factory=Execution)
     compaction: Compaction = Field(default_factory=Compaction)
     subagents: dict[ServerName, Subagent] = Field(default_factory=dict, max_length=SUBAGENTS_MAX)
+    skills: Skills = Field(default_factory=Skills)
+    memory: Memory = Field(default_factory=Memory)
     system_prompt: str = ""
     #: The text of SOUL.md, and where the files are; neither stands in agent.json.
     soul: str = Field(default="", exclude=True)
     folder: str = Field(default="", exclude=True)
+    #: What the folder adds to the system prompt, and the files of the skills that it names there.
+    notes: str = Field(default="", exclude=True)
+    listed: dict[str, str] = Field(default_factory=dict, exclude=True)
 
     @property
     def instructions(self) -> str:
-        """The system prompt: SOUL.md, then `systemPrompt`."""
-        return "\n\n".join(part.strip() for part in (self.soul, self.system_prompt) if part.strip())
+        """The system prompt: SOUL.md, then `systemPrompt`, then what the folder adds."""
+        parts = (self.soul, self.system_prompt, self.notes)
+        return "\n\n".join(part.strip() for part in parts if part.strip())
+
+    @property
+    def brings(self) -> Set[str]:
+        """The tools of `BROUGHT` that the agent has under any preset: what they need is there."""
+        skills = {"load_skill"} if self.listed else set()
+        may_write = self.memory.enabled and self.memory.append
+        agents = {SPAWN} if self.subagents else set()
+        return skills | ({"remember", "forget"} if may_write else set()) | agents
 
     def dump(self) -> str:
         """Return all of the profile as JSON, for a run to keep the version it started with."""
-        kept = {"soul": self.soul, "folder": self.folder}
+        kept = {
+            "soul": self.soul,
+            "folder": self.folder,
+            "notes": self.notes,
+            "listed": self.listed,
+        }
         return json.dumps(self.model_dump(mode="json") | kept)
 
     @staticmethod

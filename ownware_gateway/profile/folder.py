@@ -2,16 +2,17 @@
 
 import difflib
 import json
-from collections.abc import Iterator
+import os.path
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from pydantic import ValidationError
 from pydantic_core import PydanticSerializationError
 
 from ownware_gateway.errors import GatewayError
-from ownware_gateway.profile import Profile
+from ownware_gateway.profile import NOTES_FILE, Profile
 from ownware_gateway.profile.explain import explain
 from ownware_gateway.profile.names import Known, wrong_name
 
@@ -22,6 +23,8 @@ FILE_BYTES_MAX: Final = 1_048_576
 _KEPT_ELSEWHERE: Final = {
     "soul": "the text of SOUL.md beside it",
     "folder": "where the file lies",
+    "notes": "what AGENTS.md and the skills beside it say",
+    "listed": "the files of the skills beside it",
 }
 
 
@@ -33,14 +36,33 @@ class Broken:
     message: str
 
 
+class _Kept(NamedTuple):
+    """What a folder's files said when they were read last, and what came of it.
+
+    `found` are the notes and skills of the profile that `item` is without them.
+    """
+
+    read: list[bytes]
+    item: Profile | Broken
+    found: list[tuple[str, bytes | str]]
+    whole: Profile | Broken
+    wrong: list[str]
+
+
 class Profiles:
     """The profiles in a folder, always as they are on disk now."""
 
-    def __init__(self, folder: Path, known: Known | None = None) -> None:
-        """`known` is what a profile may name; None does not look at names."""
+    def __init__(
+        self, folder: Path, known: Known | None = None, workspace: Path | None = None
+    ) -> None:
+        """`known` is what a profile may name; None does not look at names.
+
+        `workspace` is where the notes lie that a profile may ask for with `memory.workspace`.
+        """
         self._folder = folder
         self._known = known
-        self._read: dict[Path, tuple[list[bytes], Profile | Broken]] = {}
+        self._workspace = workspace
+        self._read: dict[Path, _Kept] = {}
 
     def all(self) -> list[Profile]:
         """Return the usable profiles, by name."""
@@ -61,6 +83,16 @@ class Profiles:
         ]
         return wrong
 
+    def warnings(self) -> list[Broken]:
+        """Return what is wrong in the folders of usable profiles, and was left out."""
+        usable = [item.folder for item in self._load() if isinstance(item, Profile)]
+        return [
+            Broken(folder.name, f"{folder.name}: {said}")
+            for folder, kept in self._read.items()
+            if str(folder) in usable
+            for said in kept.wrong
+        ]
+
     def is_broken(self, name: str) -> bool:
         """Whether the profile's folder is there and its files are wrong, half saved perhaps."""
         return any(item.folder == name for item in self.broken())
@@ -72,8 +104,8 @@ class Profiles:
         wrong = wrong_name(item, self._known)
         return item if wrong is None else Broken(folder.name, wrong)
 
-    def get(self, name: str) -> Profile:
-        """Return the profile of this name.
+    def get(self, name: str, skills: Sequence[str] = ()) -> Profile:
+        """Return the profile of this name, with the texts of these skills in its system prompt.
 
         Raises GatewayError `not_found`; its message says what is wrong with the profile's file,
         if that is the reason, or which name is near.
@@ -81,7 +113,7 @@ class Profiles:
         profiles = self.all()
         for profile in profiles:
             if profile.name == name:
-                return profile
+                return _with_skills(profile, skills) if skills else profile
         for item in self._load():
             if isinstance(item, Broken) and item.folder == name:
                 raise GatewayError(
@@ -116,9 +148,36 @@ class Profiles:
         # What a file says is compared, not its time: two edits may fall into one tick of a clock.
         read = [_read(path) if path.is_file() else b"" for path in (file, soul)]
         known = self._read.get(folder)
-        if known is None or known[0] != read:
-            self._read[folder] = known = (read, _understand(folder, file.name, *read))
-        return known[1]
+        if known is None or known.read != read:
+            item = _understand(folder, file.name, *read)
+            known = _Kept(read, item, [], item, [])
+        self._read[folder] = known = self._with_knowledge(folder, known)
+        return known.whole
+
+    def _with_knowledge(self, folder: Path, known: _Kept) -> _Kept:
+        """Return the profile with the notes and skills that lie in its folder now."""
+        item = known.item
+        if isinstance(item, Broken):
+            return known
+        has_any = item.memory.workspace or any(
+            os.path.lexists(folder / name) for name in (NOTES_FILE, "skills")
+        )
+        if not has_any:
+            # Most have none, and load nothing for it.
+            return known._replace(found=[], whole=item, wrong=[]) if known.found else known
+        from ownware_gateway.profile import knowledge
+
+        found = knowledge.find(item, self._workspace)
+        if found == known.found:
+            return known
+        whole, wrong = knowledge.understand(item, found)
+        return known._replace(found=found, whole=whole, wrong=wrong)
+
+
+def _with_skills(profile: Profile, names: Sequence[str]) -> Profile:
+    from ownware_gateway.profile import knowledge
+
+    return knowledge.with_skills(profile, names)
 
 
 def _read(path: Path) -> bytes:

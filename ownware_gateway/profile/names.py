@@ -2,11 +2,11 @@
 
 import difflib
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
-from ownware_gateway.profile import SEPARATOR, SPAWN, Profile
+from ownware_gateway.profile import SEPARATOR, Profile
 from ownware_gateway.profile.rules import SHELL, Policy
 
 
@@ -14,13 +14,11 @@ from ownware_gateway.profile.rules import SHELL, Policy
 class Known:
     """What a profile may name: tools, and the gateway's MCP servers and services as they are now.
 
-    `tools` holds the schemas of each one's arguments, by their names. `mcp_missing` says why MCP
-    servers cannot be used at all, if they cannot.
+    `tools` holds the schemas of each one's arguments, by their names.
     """
 
     tools: Mapping[str, Mapping[str, Any]]
     servers: Callable[[], Collection[str]] = tuple
-    mcp_missing: str | None = None
     services: Callable[[], Collection[str]] = tuple
 
 
@@ -29,16 +27,11 @@ def wrong_name(profile: Profile, known: Known) -> str | None:
 
     A misspelt name in `deny`, or in a rule, would leave on what was to be taken away.
     """
-    if profile.tools.mcp and known.mcp_missing is not None:
-        return known.mcp_missing
     if both := sorted({*profile.tools.mcp} & {*profile.tools.services}):
         return (
             f"The fields 'tools.mcp' and 'tools.services' both have {both[0]!r}: of which of them "
             f"would {both[0]}{SEPARATOR}tool be?"
         )
-    if profile.subagents:
-        spawn: Mapping[str, Mapping[str, Any]] = {SPAWN: {"agent": {}, "task": {}}}
-        known = replace(known, tools={**known.tools, **spawn})
     servers = _servers_named(profile, known)
     for field in ("allow", "deny"):
         for name in getattr(profile.tools, field):

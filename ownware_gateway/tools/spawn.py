@@ -1,9 +1,10 @@
 """The tool that has another profile's agent do a task; it is there where a profile names some."""
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, Final
 
-from ownware_gateway.profile import SPAWN, Profile
+from ownware_gateway.profile import SPAWN, Profile, Subagent
 from ownware_gateway.tools import Context, Output, Tool, ToolFailed
 
 #: The longest task; it stands in several events.
@@ -24,17 +25,21 @@ class Spawning:
 
     def tools(self, profile: Profile) -> Mapping[str, Tool]:
         """Return the tool, if the profile names agents."""
-        return {SPAWN: _tool(profile)} if profile.subagents else {}
+        return self.known(profile.subagents) if profile.subagents else {}
+
+    def known(self, named: Mapping[str, Subagent] = MappingProxyType({})) -> dict[str, Tool]:
+        """Return the tool by its name, as it is where a profile names these agents."""
+        return {SPAWN: _tool(named)}
 
     def missing(self, profile: Profile) -> Mapping[str, str]:
         """Return nothing: it is always there."""
         return {}
 
 
-def _tool(profile: Profile) -> Tool:
+def _tool(named: Mapping[str, Subagent]) -> Tool:
     agents = [
         f"- {name}: {' '.join(agent.description.split())}" if agent.description else f"- {name}"
-        for name, agent in profile.subagents.items()
+        for name, agent in named.items()
     ]
     return Tool(
         name=SPAWN,
@@ -42,7 +47,7 @@ def _tool(profile: Profile) -> Tool:
         input_schema={
             "type": "object",
             "properties": {
-                "agent": {"enum": list(profile.subagents), "description": "Which agent."},
+                "agent": {"enum": list(named), "description": "Which agent."},
                 "task": {
                     "type": "string",
                     "pattern": r"\S",

@@ -433,3 +433,22 @@ async def test_the_rules_and_floors_of_a_profile_hold_for_tools_of_servers(
     await post_json(http, up.url, f"/threads/{run['threadId']}/resume", {"action": "always"})
     end = ends(await run_events(http, up.url, run["runId"]))
     assert (question["toolName"], end) == ("t__echo", [("ask me", False)])
+
+
+async def test_without_the_sdk_a_profile_that_names_servers_runs_without_their_tools(
+    start_gateway: Gateways,
+    http: Http,
+    provider: Provider,
+    make_profile: MakeProfile,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "mcp", None)
+    make_profile("assistant", tools={"preset": "readonly", "mcp": {"t": local()}})
+    up = await start_gateway()
+    found = await get_json(http, up.url, "/profiles")
+    assert ([item["id"] for item in found["items"]], found["broken"]) == (["assistant"], [])
+    said = await calls(http, up.url, provider, Call("t__echo", {"text": "x"}))
+    assert "pip install 'ownware-gateway[mcp]'" in said[0][0]
+    assert "read_file" in offered(provider.requests[0])
+    system = provider.requests[0].body["messages"][0]["content"]
+    assert "The MCP server 't' is not available: it cannot be used. MCP servers need" in system

@@ -163,6 +163,9 @@ class Native(ServerHandlers, ServiceHandlers):
             thread_id=body.thread_id,
             files=files_of(body),
             key=idempotency_key(request, body),
+            skills=[skill.id for skill in body.active_context.skills]
+            if body.active_context is not None
+            else (),
         )
         started = await self._engine.start(wanted)
         run = started.run
@@ -520,6 +523,10 @@ class Native(ServerHandlers, ServiceHandlers):
                 "broken": [
                     {"folder": item.folder, "message": item.message}
                     for item in self._profiles.broken()
+                ],
+                "warnings": [
+                    {"folder": item.folder, "message": item.message}
+                    for item in self._profiles.warnings()
                 ],
             }
         )

@@ -161,6 +161,7 @@ def usage_shape(profile: Profile, spent: Spent, resets_at: int) -> dict[str, Any
 def profile_shape(profile: Profile) -> dict[str, Any]:
     """Return a profile as its files say, under the id that a run names."""
     shape = {"id": profile.name, **profile.model_dump(mode="json")}
+    shape["skills"]["names"] = list(profile.listed)
     shape["tools"]["mcp"] = {name: server.shown() for name, server in profile.tools.mcp.items()}
     services = profile.tools.services.items()
     shape["tools"]["services"] = {name: service.shown() for name, service in services}

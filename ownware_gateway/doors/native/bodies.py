@@ -23,6 +23,7 @@ BODY_BYTES_MAX: Final = 32 * 1_048_576
 PROMPT_CHARS_MAX: Final = 1_048_576
 ATTACHMENTS_MAX: Final = 8
 ATTACHMENT_BYTES_MAX: Final = 4 * 1_048_576
+SKILLS_MAX: Final = 8
 PAGE_MAX: Final = 500
 KEY_CHARS_MAX: Final = 255
 
@@ -55,6 +56,19 @@ class AttachmentBody(Body):
     mime_type: str = Field(pattern=r"^[\w.+-]+/[\w.+-]+$", max_length=127)
 
 
+class SkillBody(Body):
+    """A skill, by its name in `id`; `name` is what a client calls it, and is not looked at."""
+
+    id: str = Field(min_length=1, max_length=64)
+    name: str | None = Field(default=None, max_length=256)
+
+
+class ContextBody(Body):
+    """What a run has in its system prompt beside what its profile says."""
+
+    skills: list[SkillBody] = Field(default_factory=list, max_length=SKILLS_MAX)
+
+
 class RunBody(Body):
     """`POST /run`."""
 
@@ -63,6 +77,7 @@ class RunBody(Body):
     model: str | None = Field(default=None, min_length=1, max_length=256)
     thread_id: str | None = Field(default=None, pattern=f"^{_ID.pattern}$")
     attachments: list[AttachmentBody] = Field(default_factory=list, max_length=ATTACHMENTS_MAX)
+    active_context: ContextBody | None = None
 
 
 class ResumeBody(Body):
