@@ -18,6 +18,8 @@ from aiohttp.typedefs import Handler
 
 from ownware_gateway import auth
 from ownware_gateway.calls import Parts
+from ownware_gateway.custom import Given as OwnGiven, Trust
+from ownware_gateway.custom.source import OwnTools
 from ownware_gateway.datadir import DataDir
 from ownware_gateway.doors import native
 from ownware_gateway.engine import Engine, EngineLimits
@@ -103,6 +105,11 @@ def tools(settings: Settings | None = None) -> dict[str, Tool]:
     return {tool.name: tool for tool in (*local, *web_tools.tools(settings or Settings()))}
 
 
+def trust(settings: Settings) -> Trust:
+    """Return whose own tools the operator lets run."""
+    return Trust(settings.trust_profiles, frozenset(settings.trust_profile))
+
+
 @contextlib.asynccontextmanager
 async def gateway(settings: Settings) -> AsyncIterator[Gateway]:
     """Run a gateway for as long as the context lasts. Raises BootError when it cannot start."""
@@ -123,6 +130,8 @@ async def gateway(settings: Settings) -> AsyncIterator[Gateway]:
         stack.push_async_callback(servers.close)
         services = _services(settings, data_dir, masker, servers)
         stack.push_async_callback(services.close)
+        own = _own_tools(settings, workspace, masker)
+        stack.push_async_callback(own.close)
         known = tools(settings)
         knowledge, spawning = Knowledge(masker, clock_ms), Spawning()
         brought = {**knowledge.known(), **spawning.known()}
@@ -141,7 +150,7 @@ async def gateway(settings: Settings) -> AsyncIterator[Gateway]:
                 for name, tool in known.items()
                 if name != "web_search" or settings.search_provider
             },
-            sources=(servers, services, knowledge, spawning),
+            sources=(servers, services, own, knowledge, spawning),
             masker=masker,
             workspace=workspace,
             data_dir=data_dir.path,
@@ -162,6 +171,7 @@ async def gateway(settings: Settings) -> AsyncIterator[Gateway]:
                 profiles=profiles,
                 servers=servers,
                 services=services,
+                missing=own.missing,
                 uptime_s=lambda: time.monotonic() - began_s,
                 new_id=new_id,
                 require_request_id=settings.require_request_id,
@@ -244,6 +254,13 @@ def _services(
     named = Path(settings.services_config).expanduser() if settings.services_config else None
     files = ServiceFiles(data_dir.path / SERVICES_FILE_NAME, named)
     return Registry(files, own_variable, masker, servers.names)
+
+
+def _own_tools(settings: Settings, workspace: Path, masker: Masker) -> OwnTools:
+    """Return what runs the Python functions of profiles."""
+    environment = child_environment(dataclasses.replace(settings, tool_env=()))
+    given = OwnGiven(environment, workspace, own_variable, masker, Watchdog())
+    return OwnTools(trust(settings), given)
 
 
 def _known(tools: Mapping[str, Tool], servers: Supervisor, services: Registry) -> Known:

@@ -24,7 +24,7 @@ from typing import Any, Final, Never
 from pydantic import ValidationError
 
 from ownware_gateway import __version__, datadir
-from ownware_gateway.app import DEMO_ID, Gateway, gateway
+from ownware_gateway.app import DEMO_ID, Gateway, gateway, trust
 from ownware_gateway.client import Client, ClientError
 from ownware_gateway.doctor import examine
 from ownware_gateway.errors import BootError, GatewayError
@@ -116,6 +116,7 @@ def _parser() -> argparse.ArgumentParser:
         ("--behind-proxy", "a reverse proxy is in front"),
     ):
         serve.add_argument(flag, action="store_true", default=None, help=doc)
+    _add_trust(serve)
     serve.add_argument(
         "--served-name", action="append", metavar="NAME", help="a host name to answer to"
     )
@@ -130,6 +131,7 @@ def _parser() -> argparse.ArgumentParser:
     ask.add_argument("--thread", help="go on with this conversation")
     ask.add_argument("--yes", action="store_true", help="approve every tool without asking")
     _add_folders(ask, "profiles", "data_dir", "workspace")
+    _add_trust(ask)
 
     log = command("log", _follow_log, "Show what happens in a thread, as it happens.")
     log.add_argument("thread", help="which thread")
@@ -147,6 +149,7 @@ def _parser() -> argparse.ArgumentParser:
 
     doctor = command("doctor", _doctor, "Look at a data directory and say what to do.")
     _add_folders(doctor, "data_dir", "profiles")
+    _add_trust(doctor)
 
     copy = command("backup", _backup, "Copy the log to a file; a gateway may be running.")
     copy.add_argument("file", help="the new file")
@@ -167,6 +170,21 @@ def _add_folders(parser: argparse.ArgumentParser, *names: str) -> None:
         flag = f"--{name.replace('_', '-')}"
         doc = docs[name][0].lower() + docs[name][1:]
         parser.add_argument(flag, metavar="FOLDER", help=doc)
+
+
+def _add_trust(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--trust-profile",
+        action="append",
+        metavar="FOLDER",
+        help="run the Python tools of the profile in this folder of the profiles",
+    )
+    parser.add_argument(
+        "--trust-profiles",
+        action="store_true",
+        default=None,
+        help="run the Python tools of every profile",
+    )
 
 
 def _settings(arguments: argparse.Namespace, **fixed: Any) -> Settings:
@@ -483,7 +501,7 @@ async def _print_log(arguments: argparse.Namespace) -> int:
 def _doctor(arguments: argparse.Namespace) -> int:
     settings = _settings(arguments)
     failed = False
-    for finding in examine(settings.data_path, Path(settings.profiles)):
+    for finding in examine(settings.data_path, Path(settings.profiles), trust(settings)):
         failed |= finding.level == "fail"
         say(f"{finding.level:<5} {finding.text}")
     return int(failed)

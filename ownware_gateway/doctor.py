@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Final, Literal
 
 from ownware_gateway import __version__
+from ownware_gateway.custom import Trust
 from ownware_gateway.datadir import DATABASE, LOCK_FILE, TOKEN_FILE, read_token, running
 from ownware_gateway.errors import BootError
 from ownware_gateway.log.backup import check, count_unfinished
@@ -35,7 +36,7 @@ class Finding:
     text: str
 
 
-def examine(data_dir: Path, profiles: Path) -> Iterator[Finding]:
+def examine(data_dir: Path, profiles: Path, trust: Trust | None = None) -> Iterator[Finding]:
     """Look at everything, and yield what is found as it is found. Changes nothing."""
     yield Finding(
         "ok",
@@ -50,7 +51,7 @@ def examine(data_dir: Path, profiles: Path) -> Iterator[Finding]:
     yield from _token(data_dir)
     yield from _disk(data_dir)
     yield from _log(data_dir / DATABASE)
-    yield from _profiles(profiles)
+    yield from _profiles(profiles, trust or Trust())
 
 
 def _modes(data_dir: Path) -> Iterator[Finding]:
@@ -126,7 +127,7 @@ def _log(database: Path) -> Iterator[Finding]:
         )
 
 
-def _profiles(folder: Path) -> Iterator[Finding]:
+def _profiles(folder: Path, trust: Trust) -> Iterator[Finding]:
     profiles = Profiles(folder)
     names = [profile.name for profile in profiles.all()]
     if names:
@@ -135,3 +136,6 @@ def _profiles(folder: Path) -> Iterator[Finding]:
         yield Finding("warn", f"There are no profiles in {folder}. Run: ownware init")
     for item in (*profiles.broken(), *profiles.warnings()):
         yield Finding("warn", item.message)
+    for profile in profiles.all():
+        if (why := trust.refusal(profile)) is not None:
+            yield Finding("warn", why)

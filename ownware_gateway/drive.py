@@ -422,7 +422,8 @@ class Drive:
 
     def _notices(self, turn_index: int) -> list[Event]:
         """Return what a person should know of servers that cannot be used, each thing once."""
-        news = [why for why in self._calls.missing.values() if why not in self._told]
+        missing = dict.fromkeys(self._calls.missing.values())
+        news = [why for why in missing if why not in self._told]
         self._told.update(news)
         return [TextDelta(text=f"[{why}]\n\n", turn_index=turn_index, notice=True) for why in news]
 
@@ -489,7 +490,8 @@ class Drive:
 
     def _instructions(self) -> str:
         """Return the system prompt, with what the model should know of servers that are away."""
-        missing = [f"[{why} Its tools cannot be used.]" for why in self._calls.missing.values()]
+        away = dict.fromkeys(self._calls.missing.values())
+        missing = [f"[{why} Its tools cannot be used.]" for why in away]
         return "\n\n".join(part for part in (self._profile.instructions, *missing) if part)
 
     async def _keep(self, turn: Turn, answer: Answer) -> None:

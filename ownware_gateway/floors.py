@@ -6,6 +6,7 @@ For a shell they are no sandbox: what a command does is seen in its words alone,
 is written for the purpose gets by.
 """
 
+import functools
 import itertools
 import os.path
 import re
@@ -27,7 +28,7 @@ PROFILE: Final = "floor.profile"
 
 #: What of a profile's folder says who an agent is and what it may do, in lower case.
 PROFILE_FILES: Final = frozenset(
-    {"agent.json", "agent.yaml", "agent.yml", "agents.md", "skills", "soul.md"}
+    {"agent.json", "agent.yaml", "agent.yml", "agents.md", "skills", "soul.md", "tools"}
 )
 
 #: Programs that remove the files that they are given, and those that do so with all but the last.
@@ -135,9 +136,13 @@ def floor(operation: Operation, ground: Ground, masker: Masker) -> Verdict | Non
     places = list(_places(script, ground))
     if any(len(place.folders) > FOLDERS_MAX for place in places):
         return _too_many()
-    held = _reading(script, places, ground) or _deletion(script, places, ground)
-    changed = _profile(script, places, ground)
-    return stricter(held, changed) if held and changed else held or changed
+    found = (
+        _reading(script, places, ground),
+        _deletion(script, places, ground),
+        _profile(script, places, ground),
+    )
+    said = [verdict for verdict in found if verdict is not None]
+    return functools.reduce(stricter, said) if said else None
 
 
 def _no_keys() -> Verdict:

@@ -36,8 +36,8 @@ class Verdict:
 def allowed_tools(profile: Profile, tools: dict[str, Tool]) -> dict[str, Tool]:
     """Return the tools that a profile's agent has: its preset, plus `allow`, minus `deny`.
 
-    The tools of the MCP servers and services that a profile declares itself are its own under any
-    preset, and so are those that its folder or its fields bring, which nothing else gives it.
+    Its own under any preset are the tools of the MCP servers and services that it declares itself,
+    the functions in its folder, and those of `BROUGHT` that it brings, which nothing else gives it.
     """
     preset = _PRESETS.get(profile.tools.preset)
     return {
@@ -51,6 +51,7 @@ def allowed_tools(profile: Profile, tools: dict[str, Tool]) -> dict[str, Tool]:
                 or name in preset
                 or profile.tools.allows(name)
                 or profile.tools.declares(name.partition(SEPARATOR)[0])
+                or (bool(tool.origin) and name in profile.functions)
             )
         )
         and not profile.tools.denies(name)

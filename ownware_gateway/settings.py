@@ -91,6 +91,12 @@ class Settings:
     services_config: str = _setting(
         "", "Another file of services, beside services.json in the data folder."
     )
+    trust_profiles: bool = _setting(
+        False, "Trust every profile: run the Python tools in their folders."
+    )
+    trust_profile: tuple[str, ...] = _setting(
+        (), "Folders of profiles that are trusted: their Python tools are run."
+    )
     tool_env: tuple[str, ...] = _setting(
         (), "Names of variables that tools' child processes get too."
     )

@@ -324,6 +324,7 @@ PROFILES: Final = Ground(
         "./profiles//assistant/x/../AGENTS.md",
         "/srv/work/profiles/assistant/skills/a/SKILL.md",
         "profiles/assistant/skills",
+        "profiles/assistant/Tools/new.py",
         "Profiles/assistant/soul.md",
     ],
 )
@@ -372,12 +373,20 @@ def test_other_files_are_no_matter_of_that_floor(path: str) -> None:
         ("grep -r x profiles/a/skills | head > out.txt", None),
         ("cp profiles/a/SOUL.md copy.md", None),
         ("echo profiles/a/SOUL.md", None),
+        ("echo x >> profiles/a/tools/a.py", "deny"),
+        ("cat > profiles/a/tools/new.py <<E\nx\nE", "deny"),
+        ("find . | xargs cp -t profiles/a/tools/", "ask"),
         ("make", None),
     ],
 )
 def test_a_command_that_changes_what_makes_a_profile(command: str, decision: str | None) -> None:
     found = shell(command, PROFILES)
     assert found == (None if decision is None else (decision, PROFILE))
+
+
+def test_what_denies_is_stricter_than_what_asks_whichever_floor_it_is() -> None:
+    command = "sed -i s/a/b/ profiles/a/agent.json && rm -rf /etc"
+    assert shell(command, PROFILES) == ("deny", DELETION)
 
 
 def test_a_link_to_what_makes_a_profile_is_followed(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ FULL = {
         "deny": ["write_file"],
         "mcp": {},
         "services": {},
+        "custom": {"enabled": False, "env": {"A": "b"}, "memoryMb": 512, "timeout": 30_000},
     },
     "security": {"permissionMode": "allowlist", "hitlTimeoutMs": "2h"},
     "policies": [
@@ -176,7 +177,7 @@ def test_what_is_no_profile_is_left_alone(tmp_path: Path) -> None:
         ),
         (
             {"tools": {"zzz": 1}},
-            "There is no field 'tools.zzz'; known are: preset, allow, deny, mcp, services.",
+            "There is no field 'tools.zzz'; known are: preset, allow, deny, mcp, services, custom.",
         ),
         (
             {"tools": {"mcp": {"a": {"comand": "x"}}}},

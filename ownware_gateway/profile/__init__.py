@@ -7,13 +7,14 @@ docs/profiles.md describes every field; a test holds it complete.
 
 import json
 from collections.abc import Set
-from typing import Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import Field
 
+from ownware_gateway.masking import MASK
 from ownware_gateway.profile.fields import DurationMs, Strict
 from ownware_gateway.profile.rules import Policy
-from ownware_gateway.profile.servers import McpServer, ServerName
+from ownware_gateway.profile.servers import VARIABLE, McpServer, ServerName
 from ownware_gateway.profile.services import Service
 
 #: Most rules of a profile.
@@ -38,6 +39,28 @@ Preset = Literal["full", "coding", "readonly", "none"]
 PermissionMode = Literal["auto", "ask", "deny", "allowlist"]
 
 
+class Custom(Strict):
+    """How the agent's own tools are run: the functions in `tools/*.py` beside its files.
+
+    `${env:NAME}` in `env` stands for a variable of the gateway's own environment. `timeout` is for
+    tools that don't say how long they may take.
+    """
+
+    enabled: bool = True
+    env: dict[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")], str] = Field(
+        default_factory=dict, max_length=64
+    )
+    memory_mb: int = Field(default=2_048, ge=256, le=1_048_576)
+    timeout: DurationMs = 120_000
+
+    def shown(self) -> dict[str, Any]:
+        """Return the settings as people may see them, without values that may be secret."""
+        shown = {
+            name: value if VARIABLE.fullmatch(value) else MASK for name, value in self.env.items()
+        }
+        return {**self.model_dump(mode="json"), "env": shown}
+
+
 class Tools(Strict):
     """Which tools the agent has: a preset, and what is added to it or taken away by name.
 
@@ -49,6 +72,7 @@ class Tools(Strict):
     deny: list[str] = Field(default_factory=list)
     mcp: dict[ServerName, McpServer] = Field(default_factory=dict, max_length=64)
     services: dict[ServerName, Service] = Field(default_factory=dict, max_length=64)
+    custom: Custom = Field(default_factory=Custom)
 
     def declares(self, server: str) -> bool:
         """Whether the profile itself has an MCP server or a service of this name."""
@@ -162,6 +186,8 @@ class Profile(Strict):
     #: What the folder adds to the system prompt, and the files of the skills that it names there.
     notes: str = Field(default="", exclude=True)
     listed: dict[str, str] = Field(default_factory=dict, exclude=True)
+    #: The functions in tools/*.py that are tools, and what each takes.
+    functions: dict[str, list[str]] = Field(default_factory=dict, exclude=True)
 
     @property
     def instructions(self) -> str:
@@ -184,6 +210,7 @@ class Profile(Strict):
             "folder": self.folder,
             "notes": self.notes,
             "listed": self.listed,
+            "functions": self.functions,
         }
         return json.dumps(self.model_dump(mode="json") | kept)
 

@@ -25,6 +25,7 @@ _KEPT_ELSEWHERE: Final = {
     "folder": "where the file lies",
     "notes": "what AGENTS.md and the skills beside it say",
     "listed": "the files of the skills beside it",
+    "functions": "what stands in tools/*.py beside it",
 }
 
 
@@ -36,13 +37,17 @@ class Broken:
     message: str
 
 
+#: What agent.json and SOUL.md hold, and the files of tools/.
+_Files = tuple[list[bytes], dict[str, bytes]]
+
+
 class _Kept(NamedTuple):
     """What a folder's files said when they were read last, and what came of it.
 
     `found` are the notes and skills of the profile that `item` is without them.
     """
 
-    read: list[bytes]
+    read: _Files
     item: Profile | Broken
     found: list[tuple[str, bytes | str]]
     whole: Profile | Broken
@@ -146,10 +151,14 @@ class Profiles:
     def _load_one(self, folder: Path, file: Path) -> Profile | Broken:
         soul = folder / "SOUL.md"
         # What a file says is compared, not its time: two edits may fall into one tick of a clock.
-        read = [_read(path) if path.is_file() else b"" for path in (file, soul)]
+        texts = [_read(path) if path.is_file() else b"" for path in (file, soul)]
+        try:
+            read = (texts, _read_code(folder))
+        except ValueError as error:
+            return Broken(folder.name, f"{folder.name}: {error}")
         known = self._read.get(folder)
         if known is None or known.read != read:
-            item = _understand(folder, file.name, *read)
+            item = _with_functions(_understand(folder, file.name, *texts), read[1])
             known = _Kept(read, item, [], item, [])
         self._read[folder] = known = self._with_knowledge(folder, known)
         return known.whole
@@ -183,6 +192,28 @@ def _with_skills(profile: Profile, names: Sequence[str]) -> Profile:
 def _read(path: Path) -> bytes:
     with path.open("rb") as opened:
         return opened.read(FILE_BYTES_MAX + 1)
+
+
+def _read_code(folder: Path) -> dict[str, bytes]:
+    if not (folder / "tools").is_dir():
+        return {}
+    from ownware_gateway.profile.functions import read_code
+
+    return read_code(folder)
+
+
+def _with_functions(item: Profile | Broken, code: dict[str, bytes]) -> Profile | Broken:
+    """Return the profile with the names of its own tools, none of which is run for that."""
+    if not code or isinstance(item, Broken) or not item.tools.custom.enabled:
+        return item
+    from ownware_gateway.profile.functions import functions
+
+    try:
+        found = functions(code)
+    except ValueError as error:
+        return Broken(Path(item.folder).name, f"{Path(item.folder).name}/{error}")
+    names = {name: list(function.parameters) for name, function in found.items()}
+    return item.model_copy(update={"functions": names})
 
 
 def _understand(folder: Path, name: str, agent: bytes, soul: bytes) -> Profile | Broken:

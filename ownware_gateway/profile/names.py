@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -32,6 +32,11 @@ def wrong_name(profile: Profile, known: Known) -> str | None:
             f"The fields 'tools.mcp' and 'tools.services' both have {both[0]!r}: of which of them "
             f"would {both[0]}{SEPARATOR}tool be?"
         )
+    for name in profile.functions:
+        if name in known.tools:
+            return f"The function {name!r} in tools/ has the name of a tool that is built in."
+    own = {name: dict.fromkeys(taken) for name, taken in profile.functions.items()}
+    known = replace(known, tools={**known.tools, **own})
     servers = _servers_named(profile, known)
     for field in ("allow", "deny"):
         for name in getattr(profile.tools, field):

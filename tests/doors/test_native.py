@@ -468,13 +468,16 @@ async def test_profiles_are_listed_with_what_is_wrong_with_the_others(site: Site
     shown = await site.get("/profiles/assistant")
     assert shown == answer["items"][0]
     assert (shown["id"], shown["name"], shown["model"]) == ("assistant", "assistant", DEMO_ID)
+    custom = {"enabled": True, "env": {}, "memoryMb": 2048, "timeout": 120_000}
     assert shown["tools"] == {
         "preset": "coding",
         "allow": [],
         "deny": [],
         "mcp": {},
         "services": {},
+        "custom": custom,
     }
+    assert shown["missing"] == []
     assert shown["security"] == {"permissionMode": "ask", "hitlTimeoutMs": 1_800_000}
     assert "soul" not in shown
 

@@ -4,7 +4,7 @@ The contract is docs/protocol.md.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -62,6 +62,7 @@ from ownware_gateway.log import (
 )
 from ownware_gateway.mcp import Servers
 from ownware_gateway.models import Catalogue
+from ownware_gateway.profile import Profile
 from ownware_gateway.profile.folder import Profiles
 from ownware_gateway.services import Services
 from ownware_gateway.stream import Plan, Streamer, check_cursor, parse_cursor
@@ -93,6 +94,7 @@ class NativeParts:
     profiles: Profiles
     servers: Servers
     services: Services
+    missing: Callable[[Profile], Mapping[str, str]]
     uptime_s: Callable[[], float]
     new_id: Callable[[str], str]
     require_request_id: bool
@@ -519,7 +521,7 @@ class Native(ServerHandlers, ServiceHandlers):
         query(request)
         return answer(
             {
-                "items": [profile_shape(profile) for profile in self._profiles.all()],
+                "items": [self._profile_shape(profile) for profile in self._profiles.all()],
                 "broken": [
                     {"folder": item.folder, "message": item.message}
                     for item in self._profiles.broken()
@@ -533,7 +535,11 @@ class Native(ServerHandlers, ServiceHandlers):
 
     async def profile(self, request: web.Request) -> web.Response:
         """Show a profile."""
-        return answer(profile_shape(self._profiles.get(path_id(request, "profile_id"))))
+        return answer(self._profile_shape(self._profiles.get(path_id(request, "profile_id"))))
+
+    def _profile_shape(self, profile: Profile) -> dict[str, Any]:
+        missing = dict.fromkeys(self._parts.missing(profile).values())
+        return {**profile_shape(profile), "missing": list(missing)}
 
     async def health(self, request: web.Request) -> web.Response:
         """Say that the process answers; never needs a token."""

@@ -165,4 +165,5 @@ def profile_shape(profile: Profile) -> dict[str, Any]:
     shape["tools"]["mcp"] = {name: server.shown() for name, server in profile.tools.mcp.items()}
     services = profile.tools.services.items()
     shape["tools"]["services"] = {name: service.shown() for name, service in services}
+    shape["tools"]["custom"] = profile.tools.custom.shown()
     return shape
