@@ -343,6 +343,9 @@ async def fill(http: Http, up: Gateway, small: Windowed) -> tuple[str, dict[str,
         async with open_stream(http, up.url, f"/runs/{run['runId']}/events") as response:
             last = (await read_frames(response, until=starts_or_ends))[-1]
         if last.event == "compaction.start":
+            # The event is there before the summary is asked for.
+            async with asyncio.timeout(PATIENCE_S):
+                await small.summing.wait()
             return thread, run
 
 

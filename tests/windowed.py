@@ -4,6 +4,7 @@ What it knows of a conversation is what it is sent. Told "the … is …", it ca
 stands in its prompt; asked for a summary, it writes down all such facts that it was given.
 """
 
+import asyncio
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -64,6 +65,8 @@ class Windowed(Provider):
         self.longest = 0
         self.refused = 0
         self.prompts = Prompts()
+        #: Set once it was asked for a summary.
+        self.summing = asyncio.Event()
         self.summary: Callable[[Mapping[str, Any]], Reply] = remember
         self.answer: Callable[[Mapping[str, Any]], Reply] = recall
 
@@ -83,6 +86,8 @@ class Windowed(Provider):
             return Reply(status=400, error=message, error_type="invalid_request_error")
         self.longest = max(self.longest, count)
         summing = asks_for_summary(body)
+        if summing:
+            self.summing.set()
         (self.prompts.summed if summing else self.prompts.spoken).append(body)
         reply = (self.summary if summing else self.answer)(body)
         return Reply(
