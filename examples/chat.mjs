@@ -81,6 +81,7 @@ async function show(event, threadId) {
   if (event.type === "tool.call.execute") console.log(`\n[${event.toolName}]`);
   if (event.type === "agent.spawn") console.log(`[${event.name} begins: ${event.task}]`);
   if (event.type === "agent.complete") console.log(`[an agent has ended: ${event.status}]`);
+  if (event.content) console.log(`[${event.content.map((part) => part.mimeType ?? part.kind)}]`);
   if (event.type === "error") console.error(`\n[${event.code}: ${event.message}]`);
   if (event.type === "question.request") return answer(event, threadId);
   if (event.type !== "permission.request") return;

@@ -39,7 +39,16 @@ from ownware_gateway.services.config import FILE_NAME as SERVICES_FILE_NAME, Ser
 from ownware_gateway.services.registry import Registry
 from ownware_gateway.settings import Settings, child_environment, own_variable
 from ownware_gateway.stream import Streamer
-from ownware_gateway.tools import Tool, ask, files, search, shell, todo, web as web_tools
+from ownware_gateway.tools import (
+    Tool,
+    ask,
+    files,
+    kept,
+    search,
+    shell,
+    todo,
+    web as web_tools,
+)
 from ownware_gateway.tools.knowledge import Knowledge
 from ownware_gateway.tools.spawn import Spawning
 
@@ -101,7 +110,7 @@ def new_id(kind: str) -> str:
 
 def tools(settings: Settings | None = None) -> dict[str, Tool]:
     """Return every tool there is, by name. Raises BootError for a setting of theirs."""
-    local = (*ask.TOOLS, *files.TOOLS, *search.TOOLS, *shell.TOOLS, *todo.TOOLS)
+    local = (*ask.TOOLS, *files.TOOLS, *kept.TOOLS, *search.TOOLS, *shell.TOOLS, *todo.TOOLS)
     return {tool.name: tool for tool in (*local, *web_tools.tools(settings or Settings()))}
 
 

@@ -2,13 +2,14 @@
 
 import asyncio
 import importlib
+import json
 import logging
 import os.path
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
@@ -24,7 +25,7 @@ from ownware_gateway.events import (
     ToolCallExecute,
     ToolCallProgress,
 )
-from ownware_gateway.log import Commit, Log, Permission, Refused, Run
+from ownware_gateway.log import Commit, Log, Permission, Private, Refused, Run
 from ownware_gateway.masking import MASK, Masker
 from ownware_gateway.models import Catalogue, Dispatch
 from ownware_gateway.permissions import (
@@ -45,10 +46,11 @@ from ownware_gateway.tools import (
     load_schemas,
     parse_arguments,
 )
-from ownware_gateway.transcript import Call, RunFacts, Turn, grants
+from ownware_gateway.transcript import Call, RunFacts, Turn, grants, let_go
 
 if TYPE_CHECKING:
     from ownware_gateway.floors import Ground
+    from ownware_gateway.outputs import Settled
     from ownware_gateway.policies import Operation
 
 #: Calls of one turn that run at the same time.
@@ -56,6 +58,9 @@ PARALLEL_CALLS_MAX: Final = 16
 
 #: The longest line of progress that is kept.
 PROGRESS_CHARS_MAX: Final = 2_000
+
+#: The tool that reads on in an output of which a part was told.
+READ_ON: Final = "read_output"
 
 #: What is said of a call that had begun when the gateway stopped.
 INTERRUPTED: Final = Verdict(
@@ -67,8 +72,9 @@ INTERRUPTED: Final = Verdict(
 #: How deep agents may be below a run that nobody spawned: its own agents are at 1.
 DEPTH_MAX: Final = 3
 
-#: The module that brings all others that judge.
+#: The module that brings all others that judge, and the one that takes in what a call gives back.
 _RULES: Final = "ownware_gateway.floors"
+_OUTPUTS: Final = "ownware_gateway.outputs"
 
 _KEY_BEGINS: Final = re.compile("-----BEGIN [A-Z ]*PRIVATE KEY")
 
@@ -147,15 +153,18 @@ async def load_checks() -> None:
     `Calls.judge` tries again if it cannot be loaded now.
     """
     await load_schemas()
-    if _RULES not in sys.modules:
-        with suppress(OSError, ImportError):
-            await asyncio.to_thread(importlib.import_module, _RULES)
+    for name in (_RULES, _OUTPUTS):
+        if name not in sys.modules:
+            with suppress(OSError, ImportError):
+                await asyncio.to_thread(importlib.import_module, name)
 
 
 class Store(Protocol):
     """Appends events of the run and folds them into its facts."""
 
-    def __call__(self, events: Sequence[Event], *, asks: bool = False) -> Commit:
+    def __call__(
+        self, events: Sequence[Event], private: Sequence[Private] = (), *, asks: bool = False
+    ) -> Commit:
         """Return the commit that says when they are durable.
 
         One that `asks` is refused while another question is open in the thread.
@@ -236,6 +245,8 @@ class Calls:
             arguments = self._arguments(tool, call)
         except ToolFailed as error:
             return Verdict("deny", str(error))
+        # What a call has given back could not be taken in without it.
+        importlib.import_module(_OUTPUTS)
         operation = self._operation(tool, arguments)
         if call.request is not None and call.request.operation_hash != operation.hash:
             changed = f"{tool.name} is not what it was when a person was asked."
@@ -389,17 +400,38 @@ class Calls:
             began_s = self._loop.time()
             output = await self._output(tool, call, arguments)
             took_ms = int((self._loop.time() - began_s) * 1000)
+            settled = await self._settled(call, output)
         ended = ToolCallEnd(
             tool_call_id=call.id,
             tool_name=call.name,
-            result=self._parts.masker.text(output.text),
+            result=settled.text,
             is_error=output.is_error,
             duration_ms=took_ms,
             turn_index=turn.index,
             truncated=output.truncated,
             output_bytes_raw=output.bytes_raw,
+            output_bytes_kept=settled.bytes_kept,
+            content=settled.content,
         )
-        await self._store([ended]).wait()
+        call.images = () if output.is_error else settled.images
+        commit = self._store([ended], settled.private)
+        if settled.images:
+            let_go(self._history)
+        await commit.wait()
+
+    async def _settled(self, call: Call, output: Output) -> "Settled":
+        """Return an output masked and taken apart: what the model is told, and what is kept."""
+        from ownware_gateway.outputs import settle
+
+        read_on = None
+        if output.whole is not None and READ_ON in self.tools:
+            read_on = f"{READ_ON} with tool_call_id {json.dumps(call.id)} shows the rest"
+        return await settle(output, self._parts.masker, read_on)
+
+    async def _kept(self, tool_call_id: str) -> str | None:
+        """Return the whole output of an earlier call of this run's stream, if one was kept."""
+        body = await self._parts.log.kept_output(self._run.stream, tool_call_id)
+        return None if body is None else body.decode("utf-8", "replace")
 
     async def _output(self, tool: Tool, call: Call, arguments: dict[str, Any]) -> Output:
         in_key = False
@@ -418,7 +450,7 @@ class Calls:
                 ]
             )
 
-        context = Context(self._parts.workspace, self._parts.environment, progress)
+        context = Context(self._parts.workspace, self._parts.environment, progress, self._kept)
         try:
             async with asyncio.timeout(tool.timeout_s):
                 return await tool.call(context, arguments)
@@ -447,5 +479,4 @@ def _ground(parts: Parts, profile_folder: str) -> "Ground":
 
 
 def _failed(message: str) -> Output:
-    output = clip(message)
-    return Output(output.text, output.truncated, output.bytes_raw, is_error=True)
+    return replace(clip(message), is_error=True)

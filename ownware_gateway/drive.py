@@ -77,6 +77,7 @@ from ownware_gateway.transcript import (
     RunFacts,
     Turn,
     conversation,
+    let_go,
 )
 
 if TYPE_CHECKING:
@@ -103,6 +104,7 @@ class Drive:
         self._dispatch = assignment.dispatch
         self._history = assignment.history
         self._facts = assignment.history[-1]
+        let_go(self._history)
         self._restarted = assignment.restarted
         self._calls = Calls(parts, assignment, self._store)
         self._guard = Drives(assignment.run.id, assignment.run.generation)

@@ -19,6 +19,7 @@ CODES: Final[dict[str, tuple[int, Category]]] = {
     "forbidden_server": (403, "auth"),
     "not_found": (404, "not_found"),
     "run_not_found": (404, "not_found"),
+    "output_not_found": (404, "not_found"),
     "permission_request_not_found": (404, "not_found"),
     "method_not_allowed": (405, "invalid_request"),
     "payload_too_large": (413, "invalid_request"),

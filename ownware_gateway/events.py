@@ -246,10 +246,40 @@ class ToolCallProgress(Event):
     turn_index: int
 
 
+class ValuePart(Wire):
+    """A part of a tool's output: a JSON value, secrets masked."""
+
+    kind: Literal["json"] = "json"
+    value: Any
+
+
+class ImagePart(Wire):
+    """A part of a tool's output: an image. Its bytes are kept beside the log, under `index`."""
+
+    kind: Literal["image"] = "image"
+    mime_type: str
+    size_bytes: int
+    index: int
+
+
+class ResourcePart(Wire):
+    """A part of a tool's output: a document or other file, kept under `index` if it was given."""
+
+    kind: Literal["resource"] = "resource"
+    uri: str
+    mime_type: str
+    size_bytes: int | None = None
+    index: int | None = Field(default=None, exclude_if=_absent)
+
+
+ContentPart = Annotated[ValuePart | ImagePart | ResourcePart, Field(discriminator="kind")]
+
+
 class ToolCallEnd(Event):
     """How a call ended; `result` is what the model is told, secrets masked.
 
-    `decision` and `rule` are there where a rule or a floor denied it.
+    `output_bytes_kept` is there where more of it is kept than `result` holds, `content` where there
+    was more than text. `decision` and `rule` are there where a rule or a floor denied it.
     """
 
     type: Literal["tool.call.end"] = "tool.call.end"
@@ -261,6 +291,8 @@ class ToolCallEnd(Event):
     turn_index: int
     truncated: bool = False
     output_bytes_raw: int
+    output_bytes_kept: int | None = Field(default=None, exclude_if=_absent)
+    content: list[ContentPart] | None = Field(default=None, exclude_if=_absent)
     decision: Decision | None = Field(default=None, exclude_if=_absent)
     rule: str | None = Field(default=None, exclude_if=_absent)
 

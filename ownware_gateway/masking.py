@@ -1,7 +1,7 @@
 """Secrets never reach a frame: what they are replaced with, and how they are recognised."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, Final
 
 MASK: Final = "[secret]"
@@ -31,6 +31,14 @@ SHAPES: Final = re.compile(
     re.VERBOSE,
 )
 
+#: What a text has in it where one of the shapes may fit, one for each of them at least. Most texts
+#: have none, and looking for these is some thirty times as quick as looking for the shapes.
+NEEDLES: Final = (
+    *("sk-", "rk-", "pk-", "sk_", "rk_", "hf_", "ghp_", "gho_", "ghu_", "ghs_", "ghr_"),
+    *("github_pat_", "glpat-", "xai-", "xox", "xapp-", ":AA", "AKIA", "ASIA", "AIza", "eyJ"),
+    *("earer ", "asic ", "-----BEGIN "),
+)
+
 #: Name and password in a URL; apart from the shapes, which are long, so that `re` can skip a short
 #: text at once.
 LOGIN: Final = re.compile(r"""(?<=://)[^\s/:@"']*:[^\s/@"']+(?=@)""")
@@ -45,6 +53,22 @@ SECRET_NAME: Final = re.compile(
     """,
     re.VERBOSE,
 )
+
+#: A long text is masked in pieces of about so many characters: a piece takes some milliseconds.
+PIECE_CHARS: Final = 65_536
+
+#: How far around the place of a cut a secret is looked for that it would cut in two: more than the
+#: key block of any algorithm has. Then how far before and behind its own text one is recognised by.
+REACH_CHARS: Final = 32_768
+_BEFORE_CHARS: Final = len("Authorization: Basic ")
+_BEHIND_CHARS: Final = 1
+_BEFORE: Final = re.compile(r"[\s\S]*(?:[Bb]earer |[Bb]asic |://)\Z")
+
+#: How much of what stands at an edge without a space may be a part of a secret.
+EDGE_CHARS_MAX: Final = 4_096
+
+_KEY_ENDS: Final = re.compile(r"-----END [A-Z ]*PRIVATE KEY(?: BLOCK)?-----")
+_KEY_BEGINS: Final = re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY")
 
 #: A known secret shorter than this would mask ordinary words.
 KNOWN_LENGTH_MIN: Final = 8
@@ -86,9 +110,48 @@ class Masker:
         """Return the text with every secret in it replaced."""
         if self._known is not None:
             text = self._known.sub(MASK, text)
-        if "://" in text:
+        if "://" in text and "@" in text:
             text = LOGIN.sub(MASK, text)
-        return SHAPES.sub(MASK, text)
+        return SHAPES.sub(MASK, text) if _may_fit(text) else text
+
+    def pieces(self, text: str) -> Iterator[str]:
+        """Yield what `text` returns in pieces, so that others come in between: it takes its time.
+
+        A secret longer than `REACH_CHARS` may be cut in two, and is then seen in part.
+        """
+        start = 0
+        while start < len(text):
+            end = self._whole_until(text, start + PIECE_CHARS)
+            yield self.text(text[start:end])
+            start = end
+
+    def _whole_until(self, text: str, at: int) -> int:
+        """Return the first place from here on that is inside of no secret."""
+        while at < len(text):
+            first, looked_from = max(0, at - REACH_CHARS), at
+            around = text[first : at + REACH_CHARS]
+            # In their order: whoever is passed by then reaches no further than the place does.
+            for found in sorted(self._found(around), key=lambda match: match.start()):
+                begin, end = found.start(), found.end() + _BEHIND_CHARS
+                if _BEFORE.match(around, max(0, begin - _BEFORE_CHARS), begin):
+                    begin -= _BEFORE_CHARS
+                if begin < at - first < end:
+                    at = first + end
+            if at == looked_from:
+                break
+        return min(at, len(text))
+
+    def _found(self, text: str) -> Iterator[re.Match[str]]:
+        # What was found is blanked, as `text` replaces it, before the next kind is looked for: a
+        # key right behind a known secret would not be seen to begin there.
+        if self._known is not None:
+            yield from self._known.finditer(text)
+            text = self._known.sub(_blank, text)
+        if "://" in text and "@" in text:
+            yield from LOGIN.finditer(text)
+            text = LOGIN.sub(_blank, text)
+        if _may_fit(text):
+            yield from SHAPES.finditer(text)
 
     def value(self, value: Any) -> Any:
         """Return a copy of a JSON value with the secrets in it replaced, field names respected."""
@@ -106,6 +169,29 @@ class Masker:
                 return [self.value(item) for item in value]
             case _:
                 return value
+
+
+def _blank(found: re.Match[str]) -> str:
+    return " " * len(found[0])
+
+
+def _may_fit(text: str) -> bool:
+    return any(needle in text for needle in NEEDLES)
+
+
+def without_begun(text: str) -> str:
+    """Return a text that was cut off, without what may be the first part of a secret."""
+    words = text[-EDGE_CHARS_MAX:].rsplit(maxsplit=1)
+    return text if not words or text[-1].isspace() else text[: -len(words[-1])]
+
+
+def without_ended(text: str) -> str:
+    """Return a text that begins in the middle of another, without what may end a secret there."""
+    end, begin = _KEY_ENDS.search(text), _KEY_BEGINS.search(text)
+    if end is not None and (begin is None or end.start() < begin.start()):
+        return MASK + text[end.end() :]
+    words = text[:EDGE_CHARS_MAX].split(maxsplit=1)
+    return text if not words or text[0].isspace() else text[len(words[0]) :]
 
 
 def _hidden(value: Any) -> Any:

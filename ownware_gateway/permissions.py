@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
 #: What each preset of a profile contains, by tool name; `full` is every tool there is.
 READONLY: Final = frozenset(
-    {"read_file", "list_files", "glob", "grep", "web_search", "todo_write", "ask_user"}
+    {"read_file", "list_files", "glob", "grep", "read_output", "web_search", "todo_write"}
+    | {"ask_user"}
 )
 CODING: Final = READONLY | {"write_file", "edit_file", "shell_execute", "web_fetch"}
 _PRESETS: Final = {"coding": CODING, "readonly": READONLY, "none": frozenset[str]()}

@@ -9,7 +9,7 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any, Final
 
-from ownware_gateway.events import QuestionRequest, QuestionResponse
+from ownware_gateway.events import QuestionRequest, QuestionResponse, ToolCallEnd, ValuePart
 from ownware_gateway.log import Log, Stream
 from ownware_gateway.transcript import Call, RunFacts, Turn, load, load_told, trim
 
@@ -65,7 +65,7 @@ class Recent:
         self._take(stream)
         trim(history)
         size_bytes = sum(map(_size_bytes, history))
-        if any(run.files for run in history) or size_bytes > ONE_BYTES_MAX:
+        if any(run.has_files for run in history) or size_bytes > ONE_BYTES_MAX:
             return
         self._kept[stream] = _Kept(seq, history, size_bytes)
         self.size_bytes += size_bytes
@@ -109,12 +109,16 @@ def _of_turn(turn: Turn) -> int:
 
 
 def _of_call(call: Call) -> int:
-    said = _of_json(call.input, call.end.result if call.end is not None else "")
+    said = 0 if call.end is None else _of_json(call.end.result, *_values(call.end))
     if isinstance(call.request, QuestionRequest):
         said += _of_json(call.request.question, call.request.options)
     if isinstance(call.response, QuestionResponse):
         said += _of_json(call.response.answer)
-    return CALL_BYTES + said
+    return CALL_BYTES + _of_json(call.input) + said
+
+
+def _values(end: ToolCallEnd) -> list[Any]:
+    return [part.value if isinstance(part, ValuePart) else "" for part in end.content or ()]
 
 
 def _of_json(*values: Any) -> int:

@@ -74,8 +74,8 @@ class Terminal:
                 shown = json.dumps(given, ensure_ascii=False)
                 more = "…" if len(shown) > CALL_CHARS_MAX else ""
                 self._about(f"> {name} {shown[:CALL_CHARS_MAX]}{more}")
-            case {"type": "tool.call.end", "toolName": name, "isError": True, "result": result}:
-                self._about(f"> {name} failed: {result}")
+            case {"type": "tool.call.end"} if (said := _outcome(event)) is not None:
+                self._about(said)
             case {"type": "agent.spawn", "name": name, "agentId": agent, "task": task}:
                 more = "…" if len(task) > CALL_CHARS_MAX else ""
                 self._about(f"> {name} ({agent}) begins: {task[:CALL_CHARS_MAX]}{more}")
@@ -135,6 +135,27 @@ class Terminal:
         except GatewayError as error:
             # Somebody else was faster, or it took too long: the run goes on with that answer.
             self._about(error.message)
+
+
+def _outcome(ended: dict[str, Any]) -> str | None:
+    """Return what is said of a call that has ended; nothing where all has been said."""
+    if ended["isError"]:
+        return f"> {ended['toolName']} failed: {ended['result']}"
+    parts = ", ".join(map(_described, ended.get("content") or ()))
+    return f"> {ended['toolName']} gave back {parts}" if parts else None
+
+
+def _described(part: dict[str, Any]) -> str:
+    """Return a word about a part of a tool's output."""
+    match part:
+        case {"kind": "json"}:
+            return "a value"
+        case {"mimeType": kind, "sizeBytes": int(size)}:
+            return f"{kind} of {size} bytes"
+        case {"uri": uri}:
+            return str(uri)
+        case _:
+            return "something"
 
 
 async def _ask() -> str:

@@ -44,8 +44,9 @@ def message_tokens(message: Message) -> int:
         tokens += text_tokens(message.thinking)
         for call in message.tool_calls:
             tokens += MESSAGE_TOKENS + text_tokens(call.name) + text_tokens(call.arguments)
-    elif not isinstance(message, ToolTurn):
-        tokens += sum(map(_file_tokens, message.files))
+    else:
+        files = message.images if isinstance(message, ToolTurn) else message.files
+        tokens += sum(map(_file_tokens, files))
     return tokens
 
 

@@ -18,6 +18,7 @@ from ownware_gateway.events import (
     CompactionStart,
     Error,
     Event,
+    ImagePart,
     PermissionRequest,
     PermissionResponse,
     Position,
@@ -60,6 +61,16 @@ NOTICE: Final = "\n\n[interrupted, answering again]\n\n"
 
 #: Tool results of so many bytes or fewer are never left out of a prompt: it would save nothing.
 DROPPED_BYTES_MIN: Final = 256
+
+
+#: Images of tools' outputs that a model is sent, the newest: so many, that many fewer once there
+#: are more, and so much together. Providers limit both, and what a request takes.
+IMAGES_MAX: Final = 20
+IMAGES_STEP: Final = 5
+IMAGES_BYTES_MAX: Final = 16_777_216
+
+#: What stands under a result whose images are not sent, or not any more.
+IMAGES_GONE: Final = "\n[Its images are not shown any more; call the tool again to see them.]"
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +125,9 @@ class Call:
     agent: AgentSpawn | None = None
     complete: AgentComplete | None = None
     end: ToolCallEnd | None = None
+    end_seq: int = 0
+    #: The images that it gave back, as far as they are still sent to a model.
+    images: Sequence[File] = ()
 
     @property
     def agent_is_open(self) -> bool:
@@ -237,6 +251,13 @@ class RunFacts:
         """How many answers the model has finished."""
         return sum(turn.complete for turn in self.turns)
 
+    @property
+    def has_files(self) -> bool:
+        """Whether bytes of files are held: attachments, or images that a tool gave back."""
+        return bool(self.files) or any(
+            call.images for turn in self.turns for call in turn.calls.values()
+        )
+
     def question(self) -> Asks | None:
         """Return the question to a person that has no answer yet."""
         if self.turn is None:
@@ -317,7 +338,7 @@ def _apply_to_turn(run: RunFacts, turn: Turn, event: Event, seq: int) -> None:
         case Recovery():
             _recover(run, turn, event)
         case _:
-            _apply_to_call(turn, event)
+            _apply_to_call(turn, event, seq)
 
 
 def _recover(run: RunFacts, turn: Turn, event: Recovery) -> None:
@@ -354,7 +375,7 @@ def _supersede(run: RunFacts, index: int) -> None:
             return
 
 
-def _apply_to_call(turn: Turn, event: Event) -> None:
+def _apply_to_call(turn: Turn, event: Event, seq: int) -> None:
     match event:
         case ToolCallStart():
             turn.shown = True
@@ -366,6 +387,7 @@ def _apply_to_call(turn: Turn, event: Event) -> None:
             turn.calls[event.tool_call_id].input = event.input
         case ToolCallEnd():
             turn.calls[event.tool_call_id].end = event
+            turn.calls[event.tool_call_id].end_seq = seq
         case PermissionRequest():
             turn.calls[event.tool_call_id].request = event
             turn.calls[event.tool_call_id].input = event.input
@@ -416,7 +438,7 @@ async def load(
     """Return the runs of a stream as the log has it now, answers and cut-off text included.
 
     `after` and `to` are numbers at which a run ended: only what is between them is read. `files`
-    fetches the attachments' bytes too.
+    fetches the bytes of attachments, and of tools' images, too.
     """
     facts = [(record.seq, record.event()) async for record in _facts(log, stream, after)]
     runs = fold([(seq, event) for seq, event in facts if to is None or seq <= to])
@@ -440,6 +462,8 @@ async def load(
                 turn.answer = Answer.restore(answers[turn.complete_seq])
             elif not turn.complete and not turn.superseded:
                 await _load_cut_text(log, stream, turn)
+    if files:
+        await _load_images(log, stream, runs)
     return runs
 
 
@@ -463,6 +487,18 @@ def kept_with_summary(history: Sequence[RunFacts], through: Position) -> bytes:
     first = place + (through.turn_index is None)
     allowed = sorted(grants(history[: first + 1]))
     return json.dumps({"from": history[first].seq - 1, "grants": allowed}).encode()
+
+
+async def _load_images(log: Log, stream: Stream, runs: Sequence[RunFacts]) -> None:
+    """Fetch the images of tools' outputs that a model would be sent, and no others."""
+    calls = _with_images(runs)
+    for call in calls[_first_shown(calls) :]:
+        images: list[File] = []
+        for part in _image_parts(call):
+            body = await log.private_at(stream, call.end_seq, "image", part.index)
+            if body is not None:
+                images.append(image_file(part.mime_type, part.index, body))
+        call.images = images
 
 
 async def _facts(log: Log, stream: Stream, after: int) -> AsyncIterator[Record]:
@@ -498,6 +534,54 @@ def _text_of(record: Record) -> list[str]:
         return []
     event = record.event()
     return [event.text] if isinstance(event, TextDelta) and not event.notice else []
+
+
+def _image_parts(call: Call) -> list[ImagePart]:
+    if call.end is None or call.end.content is None or call.end.is_error:
+        return []
+    return [part for part in call.end.content if isinstance(part, ImagePart)]
+
+
+def _with_images(runs: Sequence[RunFacts]) -> list[Call]:
+    """Return the calls that gave images back, in their order."""
+    return [
+        call
+        for run in runs
+        for turn in run.turns
+        for call in turn.calls.values()
+        if call.end is not None and call.end.content is not None and _image_parts(call)
+    ]
+
+
+def _first_shown(calls: Sequence[Call]) -> int:
+    """Return the place of the first call whose images are still sent to the model.
+
+    Only sizes that stand in the log decide, so it is the same after a restart. It only ever moves
+    on, and where it is for the number of images, by several at once: what was sent before it has
+    changed, and a provider's cache of it is lost.
+    """
+    sizes = [sum(part.size_bytes for part in _image_parts(call)) for call in calls]
+    counts = [len(_image_parts(call)) for call in calls]
+    too_many = -(-max(0, sum(counts) - IMAGES_MAX) // IMAGES_STEP) * IMAGES_STEP
+    too_big = max(0, sum(sizes) - IMAGES_BYTES_MAX)
+    for place, (count, size) in enumerate(zip(counts, sizes, strict=True)):
+        if too_many <= 0 and too_big <= 0:
+            return place
+        too_many -= count
+        too_big -= size
+    return len(calls)
+
+
+def let_go(runs: Sequence[RunFacts]) -> None:
+    """Let go of the images that no model is sent any more."""
+    calls = _with_images(runs)
+    for call in calls[: _first_shown(calls)]:
+        call.images = ()
+
+
+def image_file(mime_type: str, index: int, data: bytes) -> File:
+    """Return an image of a tool's output as a model is sent it."""
+    return File(f"image-{index}.{mime_type.rpartition('/')[2]}", mime_type, data)
 
 
 def conversation(runs: Sequence[RunFacts], *, also: CompactionEnd | None = None) -> list[Message]:
@@ -638,11 +722,18 @@ def turn_messages(turn: Turn, kept_chars: int | None = None) -> Iterator[Message
     for wanted in answer.tool_calls:
         call = turn.calls.get(wanted.id)
         if call is not None and call.end is not None:
-            result = call.end.result
-            result = result if kept_chars is None else dropped(result, kept_chars)
-            yield ToolTurn(wanted.id, wanted.name, result, call.end.is_error)
+            yield _told(wanted, call, call.end, kept_chars)
         else:
             yield ToolTurn(wanted.id, wanted.name, "Interrupted before it ended.", is_error=True)
+
+
+def _told(wanted: ToolCall, call: Call, end: ToolCallEnd, kept_chars: int | None) -> ToolTurn:
+    """Return a call's result, of which so many characters are left where it was dropped."""
+    text = end.result if kept_chars is None else dropped(end.result, kept_chars)
+    images = call.images if kept_chars is None else ()
+    if len(images) < len(_image_parts(call)):
+        text += IMAGES_GONE
+    return ToolTurn(wanted.id, wanted.name, text, end.is_error, images)
 
 
 def _retold(turn: Turn) -> AssistantTurn:
@@ -732,6 +823,7 @@ def _parts(turn: Turn) -> Iterator[dict[str, Any]]:
             "result": call.end.result if call.end is not None else None,
             "isError": call.end.is_error if call.end is not None else None,
             "granted": call.response.granted if call.response is not None else None,
+            **_kept(call),
         }
         if call.agent is not None:
             yield {
@@ -741,3 +833,16 @@ def _parts(turn: Turn) -> Iterator[dict[str, Any]]:
                 "name": call.agent.name,
                 "status": call.complete.status if call.complete is not None else "running",
             }
+
+
+def _kept(call: Call) -> dict[str, Any]:
+    """Return what there is of a call's output beside its result, and where it can be fetched."""
+    end = call.end
+    if end is None or (end.content is None and end.output_bytes_kept is None):
+        return {}
+    shown: dict[str, Any] = {"outputSeq": call.end_seq}
+    if end.output_bytes_kept is not None:
+        shown["outputBytesKept"] = end.output_bytes_kept
+    if end.content is not None:
+        shown["content"] = [part.model_dump(mode="json") for part in end.content]
+    return shown

@@ -164,7 +164,11 @@ async def test_one_run_of_very_many_turns_goes_on_with_a_model_of_a_small_window
     numbers = itertools.count()
     small.answer = work
     make_profile(
-        "assistant", compaction={"contextWindow": WINDOW}, security=AUTO, maxTurns=turns + 1
+        "assistant",
+        compaction={"contextWindow": WINDOW},
+        security=AUTO,
+        maxTurns=turns + 1,
+        tools={"preset": "none", "allow": ["read_file"]},
     )
     up = await start()
     for number in range(turns):

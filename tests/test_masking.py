@@ -4,7 +4,15 @@ from typing import Any
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from ownware_gateway.masking import MASK, Masker
+from ownware_gateway.masking import (
+    EDGE_CHARS_MAX,
+    MASK,
+    NEEDLES,
+    PIECE_CHARS,
+    Masker,
+    without_begun,
+    without_ended,
+)
 
 A, Z = "aB3" * 12, "zY9" * 12
 HEADER_JWT = "ey" + "J" + A + ".ey" + "J" + Z + "." + A
@@ -34,6 +42,7 @@ SECRETS = [
     "AIza" + A,
     HEADER_JWT,
 ]
+KEY_SHAPED, KNOWN_SECRET = SECRETS[0], "correct horse"
 
 
 @pytest.mark.parametrize("secret", SECRETS, ids=lambda secret: secret[:8])
@@ -203,3 +212,63 @@ def test_a_value_that_is_forgotten_is_not_replaced_any_more() -> None:
     assert masker.text("always-hidden hidden-for-now") == f"{MASK} hidden-for-now"
     masker.forget(["always-hidden"])
     assert masker.text("always-hidden") == "always-hidden"
+
+
+# -- long texts
+
+
+@settings(deadline=None)
+@given(
+    st.lists(
+        st.one_of(
+            st.sampled_from(
+                [
+                    *(KEY_SHAPED, "Bearer " + "a1" * 9, "Authorization: Basic " + "b" * 14),
+                    *("https://me:word@host/", KNOWN_SECRET, "\n", " ", "plain words"),
+                    BEGIN.format("", "") + "\nabc\n" + END.format("", ""),
+                ]
+            ),
+            st.text(alphabet="ab1:/@-._ \n", max_size=30),
+        ),
+        max_size=30,
+    )
+)
+def test_a_long_text_masked_in_pieces_is_what_it_is_masked_at_once(parts: list[str]) -> None:
+    masker = Masker([KNOWN_SECRET])
+    text = "".join(parts)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ownware_gateway.masking.PIECE_CHARS", 10)
+        patch.setattr("ownware_gateway.masking.REACH_CHARS", 2_000)
+        pieces = list(masker.pieces(text))
+    joined, whole = "".join(pieces), masker.text(text)
+    # A place of a cut may make more look like a secret, never less.
+    left = [secret for secret in (KEY_SHAPED, KNOWN_SECRET, "a1" * 9, "word") if secret in joined]
+    assert [secret for secret in left if secret not in whole] == []
+    assert joined.count(MASK) >= whole.count(MASK)
+
+
+def test_a_long_ordinary_text_comes_in_many_pieces() -> None:
+    text = "one word after the other " * 20_000
+    pieces = list(Masker().pieces(text))
+    assert len(pieces) == -(-len(text) // PIECE_CHARS)
+    assert "".join(pieces) == text
+
+
+def test_every_shape_is_looked_for() -> None:
+    # A shape without a needle would never be found.
+    for secret in SECRETS:
+        assert any(needle in f"Bearer {secret}" for needle in NEEDLES)
+        assert Masker().text(f" {secret} ") != f" {secret} "
+
+
+def test_at_an_edge_no_part_of_a_secret_is_left() -> None:
+    assert without_begun(f"one two {KEY_SHAPED[:9]}") == "one two "
+    assert without_begun("one two ") == "one two "
+    assert without_begun("") == ""
+    assert without_ended(f"{KEY_SHAPED[9:]} one two") == " one two"
+    assert without_ended("\none") == "\none"
+    begin, end = BEGIN.format("", ""), "abc=\n" + END.format("", "")
+    assert without_ended(f"{end} rest") == f"{MASK} rest"
+    assert without_ended(f"a {begin}\n{end}") == f" {begin}\n{end}"
+    long = "x" * 10 * EDGE_CHARS_MAX
+    assert len(without_begun(long)) == len(without_ended(long)) == 9 * EDGE_CHARS_MAX

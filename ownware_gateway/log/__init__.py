@@ -247,9 +247,13 @@ Guard = Starts | Drives | Decides | Cancels
 
 @dataclass(frozen=True, slots=True)
 class Private:
-    """A fact that is never served; it belongs to the last event of its append."""
+    """What is kept beside an event: the last one of its append.
 
-    kind: Literal["profile", "message", "attachment", "summary"]
+    Nobody sees a `profile`, a `message`, an `attachment` or a `summary`. What a tool gave back, its
+    whole `output`, an `image` or another `resource`, can be fetched by whoever may read the event.
+    """
+
+    kind: Literal["profile", "message", "attachment", "summary", "output", "image", "resource"]
     body: bytes
     index: int = 0
 
@@ -376,12 +380,20 @@ class Log(Protocol):
         """Return (seq, index, body) of the private facts of a kind above a seq, in order."""
         ...
 
+    async def private_at(self, stream: Stream, seq: int, kind: str, index: int = 0) -> bytes | None:
+        """Return one private fact of an event; None when there is none."""
+        ...
+
     async def last_summary(self, stream: Stream, to: int) -> tuple[int, bytes] | None:
         """Return (seq, body) of the last private fact `summary` up to a seq."""
         ...
 
     async def spent(self, profile_id: str, day: int) -> Spent:
         """Return what a profile's runs have spent in a day of UTC, counted from 1970."""
+        ...
+
+    async def kept_output(self, stream: Stream, tool_call_id: str) -> bytes | None:
+        """Return the whole output of a stream's latest call with this id of which one is kept."""
         ...
 
     async def chunk(self, stream: Stream, after: int) -> Chunk | None:

@@ -69,6 +69,8 @@ class Appending:
             (place, event) for place, event in enumerate(append.events) if event.type not in DELTAS
         ]
         self.size_bytes = sum(map(len, self._payloads))
+        for fact in append.private:
+            self.size_bytes += len(fact.body)
         self.patient = not self._facts and not append.at_once
         self.failure: Exception | None = None
         self.appended: list[tuple[Stream, list[Record]]] = []

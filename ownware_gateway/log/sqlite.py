@@ -353,6 +353,17 @@ class SqliteLog:
         rows = await self._rows(_SQL["spent"], (profile_id, day))
         return Spent(*rows[0]) if rows else Spent()
 
+    async def private_at(self, stream: Stream, seq: int, kind: str, index: int = 0) -> bytes | None:
+        """Return one private fact of an event; None when there is none."""
+        key = await self._stream_key(stream)
+        rows = await self._rows(_SQL["private_at"], (key, seq, f"{kind}.{index:02d}"))
+        return rows[0][0] if rows else None
+
+    async def kept_output(self, stream: Stream, tool_call_id: str) -> bytes | None:
+        """Return the whole output of a stream's latest call with this id of which one is kept."""
+        rows = await self._rows(_SQL["kept_output"], (await self._stream_key(stream), tool_call_id))
+        return rows[0][0] if rows else None
+
     async def chunk(self, stream: Stream, after: int) -> Chunk | None:
         """Return the next frames after a cursor, as many as fit; None when there are none yet."""
         tail = self._tails.get(stream)

@@ -27,7 +27,7 @@ from ownware_gateway import __version__
 from ownware_gateway.mcp.child import ENDS_BYTES, MESSAGE_BYTES_MAX, Child, TooLong
 from ownware_gateway.mcp.config import Launch
 from ownware_gateway.mcp.keeper import Attention, Lost, Means
-from ownware_gateway.mcp.results import blocks, render
+from ownware_gateway.mcp.results import output
 from ownware_gateway.tools import Output, ToolFailed
 
 #: Pages of one list of tools, and how many tools are enough: far more than are taken.
@@ -154,7 +154,7 @@ class Session:
                 "which this gateway does not give."
             )
         given = result.model_dump(mode="json", by_alias=True)
-        return render(blocks(given), is_error=result.is_error)
+        return output(given)
 
     def _said(self, error: MCPError, timeout_s: float) -> str:
         if error.code == types.REQUEST_TIMEOUT:

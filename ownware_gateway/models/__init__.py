@@ -65,12 +65,16 @@ class AssistantTurn:
 
 @dataclass(frozen=True, slots=True)
 class ToolTurn:
-    """How a tool call ended, as the model is told."""
+    """How a tool call ended, as the model is told; `images` are those that it gave back.
+
+    One that failed has none: not every provider takes them then.
+    """
 
     tool_call_id: str
     tool_name: str
     text: str
     is_error: bool = False
+    images: Sequence[File] = ()
 
 
 Message = UserTurn | AssistantTurn | ToolTurn

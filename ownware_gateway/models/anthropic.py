@@ -357,7 +357,10 @@ def _said(turn: AssistantTurn) -> list[dict[str, Any]]:
 
 def _result(turn: ToolTurn) -> dict[str, Any]:
     block: dict[str, Any] = {"type": "tool_result", "tool_use_id": _wire_id(turn.tool_call_id)}
-    if turn.text.strip():
+    if turn.images:
+        said = [_text(turn.text)] if turn.text.strip() else []
+        block["content"] = [*said, *map(_file, turn.images)]
+    elif turn.text.strip():
         block["content"] = turn.text
     if turn.is_error:
         block["is_error"] = True

@@ -24,6 +24,7 @@ from ownware_gateway.models import Dispatch, Model, ModelInfo
 from ownware_gateway.models.anthropic import Anthropic
 from ownware_gateway.models.demo import Demo
 from ownware_gateway.models.http import Pool
+from ownware_gateway.models.images import Seeing
 from ownware_gateway.models.openai import OpenAI
 from ownware_gateway.models.responses import Responses
 from ownware_gateway.settings import Settings, variable
@@ -355,7 +356,7 @@ class KnownModels:
     def _adapter(self, provider: Provider) -> Model:
         address = self._address(provider)
         own = provider.own_dialect if _is_own(address, provider) else None
-        return (own or provider.dialect)(
+        adapter = (own or provider.dialect)(
             self._pool,
             provider=provider.id,
             base_url=address + provider.path,
@@ -363,6 +364,7 @@ class KnownModels:
             key_variable=variable(provider.key) if provider.key else "",
             silence_s=self._settings.model_silence_s,
         )
+        return Seeing(adapter)
 
     async def _price_usd(self, provider_id: str, name: str, usage: Usage) -> float | None:
         try:

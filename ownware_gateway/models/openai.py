@@ -92,7 +92,7 @@ class OpenAI:
         system = [{"role": "system", "content": request.system}] if request.system else []
         body: dict[str, Any] = {
             "model": request.model,
-            "messages": [*system, *(_message(turn, request.model) for turn in request.messages)],
+            "messages": [*system, *_messages(request)],
             "stream": True,
             "stream_options": {"include_usage": True},
         }
@@ -123,6 +123,25 @@ class OpenAI:
         if self.provider == "openrouter":
             return {"reasoning": {"effort": effort}}
         return {"reasoning_effort": effort}
+
+
+def _messages(request: Request) -> list[dict[str, Any]]:
+    """Return the messages.
+
+    Results of tools can only be text here: their images follow as if a person had sent them, once
+    all results of a turn are there.
+    """
+    messages: list[dict[str, Any]] = []
+    images: list[dict[str, Any]] = []
+    for turn in request.messages:
+        if images and not isinstance(turn, ToolTurn):
+            messages.append({"role": "user", "content": images})
+            images = []
+        messages.append(_message(turn, request.model))
+        if isinstance(turn, ToolTurn) and turn.images:
+            whose = f"[The images of {turn.tool_name}, call {turn.tool_call_id}:]"
+            images += content(whose, turn.images)
+    return [*messages, {"role": "user", "content": images}] if images else messages
 
 
 def _message(turn: Message, model: str) -> dict[str, Any]:

@@ -157,7 +157,9 @@ def _items(turn: Message, model: str) -> list[dict[str, Any]]:
             # The dialect has no field for a failure.
             text = f"Error: {turn.text}" if turn.is_error else turn.text
             call_id = _wire_id(turn.tool_call_id)
-            return [{"type": "function_call_output", "call_id": call_id, "output": text}]
+            parts = content(text, turn.images) if turn.images else ()
+            output = [_part(part) for part in parts] or text
+            return [{"type": "function_call_output", "call_id": call_id, "output": output}]
         case AssistantTurn(raw=list() as raw, dialect="openai-responses") if turn.model == model:
             return raw
         case AssistantTurn():

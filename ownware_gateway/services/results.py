@@ -1,14 +1,11 @@
-"""What a service answered, as the output of a tool. Pure.
-
-`render` is the one place where an answer becomes an output: one that can hold more than text needs
-another here, and nothing else.
-"""
+"""What a service answered, as the output of a tool. Pure."""
 
 import json
 import re
+from dataclasses import replace
 from typing import Final, NamedTuple
 
-from ownware_gateway.tools import Output, ToolFailed, clip
+from ownware_gateway.tools import Image, Output, Resource, ToolFailed, clip
 
 #: How much of an answer is read; more is cut.
 RESPONSE_BYTES_MAX: Final = 2 * 1024 * 1024
@@ -39,15 +36,27 @@ def render(answered: Answered, call: str) -> Output:
         raise ToolFailed(f"HTTP {answered.status} from {call}: {said}")
     output = clip(_text(answered) or f"[HTTP {answered.status}, without a body]")
     if answered.is_whole:
-        return output
+        return replace(output, content=_parts(answered, call))
     note = f"\n[cut: only the first {len(answered.body)} bytes of the answer were read]"
     return Output(output.text + note, True, output.bytes_raw)  # noqa: FBT003 - a field
+
+
+def _parts(answered: Answered, call: str) -> tuple[Image | Resource, ...]:
+    """Return what cannot be shown as text: an image to the model, a file to people."""
+    kind = answered.content_type.lower()
+    if not answered.body or not kind or _TEXT.fullmatch(kind):
+        return ()
+    if kind.startswith("image/"):
+        return (Image(kind, answered.body),)
+    return (Resource(call, kind, answered.body),)
 
 
 def _text(answered: Answered) -> str:
     kind = answered.content_type.lower()
     if kind and not _TEXT.fullmatch(kind):
         size = f"{len(answered.body)} bytes{'' if answered.is_whole else ' or more'}"
+        if kind.startswith("image/"):
+            return f"[image: {kind}, {size}]"
         return f"[{kind}, {size}, which cannot be shown as text]" if answered.body else ""
     try:
         text = answered.body.decode(answered.charset, "replace")

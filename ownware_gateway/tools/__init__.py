@@ -2,17 +2,31 @@
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, NamedTuple, Protocol
+
+from ownware_gateway.masking import without_begun
 
 if TYPE_CHECKING:
     from ownware_gateway.profile import Profile
 
-#: Most bytes of a tool's output that reach the log and the model; the rest is cut and said so.
+#: Most bytes of a tool's output that the model is told; the rest is cut and said so.
 OUTPUT_LIMIT_BYTES: Final = 65_536
+
+#: Most bytes of an output that was cut which are kept beside the log, to be read on in.
+KEPT_BYTES_MAX: Final = 8 * 1_048_576
+
+#: What may stand beside the text of one output: so many parts, so much of each, so much together.
+PARTS_MAX: Final = 16
+PART_BYTES_MAX: Final = 4 * 1_048_576
+PARTS_BYTES_MAX: Final = 16 * 1_048_576
+
+#: A structured value stands in its event, for every client to read: so long, so deep.
+VALUE_BYTES_MAX: Final = 65_536
+VALUE_DEPTH_MAX: Final = 64
 
 #: How long a call may take unless its tool says otherwise.
 TIMEOUT_S: Final = 120.0
@@ -22,14 +36,75 @@ class ToolFailed(Exception):
     """A call went wrong in a way the model can act on; the message is its result."""
 
 
+class Value(NamedTuple):
+    """A part of an output: what it says as a JSON value, for programs."""
+
+    value: Any
+
+
+class Image(NamedTuple):
+    """A part of an output: an image, which the model is shown where it can see."""
+
+    mime_type: str
+    data: bytes
+
+
+class Resource(NamedTuple):
+    """A part of an output: a document or other file. `body` is None where there is only its name.
+
+    `size_bytes` is what is said of one that is not there.
+    """
+
+    uri: str
+    mime_type: str = ""
+    body: str | bytes | None = None
+    size_bytes: int | None = None
+
+
+Part = Value | Image | Resource
+
+
+class Whole(NamedTuple):
+    """All of a text of which the model is told a part: it is kept, to be read on in.
+
+    `text` has at most `KEPT_BYTES_MAX` bytes. Of it the first `head_bytes` and the last
+    `tail_bytes` are told, with `gap` in between, which says so, and `end` under it.
+    """
+
+    text: str
+    head_bytes: int
+    gap: str
+    tail_bytes: int = 0
+    end: str = ""
+
+    def told(self, text: str) -> str:
+        """Return what is told of the text, or of what it has become with its secrets masked."""
+        raw = text.encode("utf-8", "replace")
+        if len(raw) <= self.head_bytes + self.tail_bytes:
+            return raw.decode() + self.end
+        head = raw[: self.head_bytes].decode("utf-8", "ignore")
+        tail = raw[len(raw) - self.tail_bytes :].decode("utf-8", "ignore")
+        return head + self.gap + tail + self.end
+
+
 @dataclass(frozen=True, slots=True)
 class Output:
-    """What a call gave back: at most `OUTPUT_LIMIT_BYTES` of text, and how much there was."""
+    """What a call gave back: text for the model, at most `OUTPUT_LIMIT_BYTES`, and parts beside it.
+
+    `whole` is what the text was cut from. The text says of each part that there is one: a model
+    that cannot see reads no more than that.
+    """
 
     text: str
     truncated: bool = False
     bytes_raw: int = 0
     is_error: bool = False
+    content: Sequence[Part] = ()
+    whole: Whole | None = field(default=None, repr=False)
+
+
+async def _nothing_kept(_tool_call_id: str) -> str | None:
+    return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,12 +112,14 @@ class Context:
     """Where and how a call runs.
 
     `workspace` is the only folder that file tools may touch; `environment` is all that a child
-    process gets of the gateway's own; `progress` takes a line for people who watch.
+    process gets of the gateway's own; `progress` takes a line for people who watch; `kept` returns
+    the whole output of an earlier call of this conversation, None where none was kept.
     """
 
     workspace: Path
     environment: Mapping[str, str] = field(default_factory=dict)
     progress: Callable[[str], None] = lambda line: None
+    kept: Callable[[str], Awaitable[str | None]] = _nothing_kept
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,10 +182,20 @@ def clip(text: str, limit_bytes: int = OUTPUT_LIMIT_BYTES) -> Output:
     raw = text.encode("utf-8", "replace")
     if len(raw) <= limit_bytes:
         return Output(raw.decode(), bytes_raw=len(raw))
-    note = f"\n[cut: {len(raw)} bytes in all, the first {limit_bytes} are shown]"
-    return Output(
-        raw[:limit_bytes].decode("utf-8", "ignore") + note, truncated=True, bytes_raw=len(raw)
-    )
+    gap = f"\n[cut: {len(raw)} bytes in all, the first {limit_bytes} are shown]"
+    return cut(Whole(keepable(raw), limit_bytes, gap), len(raw))
+
+
+def cut(whole: Whole, bytes_raw: int) -> Output:
+    """Return the output of which the model is told a part; `bytes_raw` is how much there was."""
+    return Output(whole.told(whole.text), truncated=True, bytes_raw=bytes_raw, whole=whole)
+
+
+def keepable(raw: bytes) -> str:
+    """Return as much of the beginning of a text in UTF-8 as may be kept."""
+    if len(raw) <= KEPT_BYTES_MAX:
+        return raw.decode()
+    return without_begun(raw[:KEPT_BYTES_MAX].decode("utf-8", "ignore"))
 
 
 class _Schemas:
@@ -176,6 +263,34 @@ def _of_another(tool: Tool, arguments: Any) -> dict[str, Any]:
 
 def _said(problem: Any) -> str:
     """Return what is wrong without the value, which may be a secret."""
-    if problem.validator in ("required", "additionalProperties"):
-        return str(problem.message)
-    return f"it must fit {problem.validator}: {json.dumps(problem.validator_value)}"
+    wanted = problem.validator_value
+    match problem.validator:
+        case "required":
+            return str(problem.message)
+        case "additionalProperties":
+            known = ", ".join(problem.schema.get("properties", ())) or "none"
+            return f"{problem.message}; known are: {known}"
+        case "type":
+            kinds = wanted if isinstance(wanted, list) else [wanted]
+            return f"it must be of the type {' or '.join(kinds)}, not {_type(problem.instance)}"
+        case "enum":
+            return f"it must be one of: {', '.join(map(json.dumps, wanted))}"
+        case _:
+            return f"it must fit {problem.validator}: {json.dumps(wanted)}"
+
+
+def _type(value: Any) -> str:
+    """Return what JSON Schema calls the type of a value."""
+    match value:
+        case None:
+            return "null"
+        case bool():
+            return "boolean"
+        case int() | float():
+            return "number" if isinstance(value, float) else "integer"
+        case str():
+            return "string"
+        case list():
+            return "array"
+        case _:
+            return "object"

@@ -11,7 +11,20 @@ from dataclasses import replace
 from io import BufferedReader
 from typing import Any, Final
 
-from ownware_gateway.tools import OUTPUT_LIMIT_BYTES, Context, Output, Tool, ToolFailed, clip
+from ownware_gateway.images import IMAGE_BYTES_MAX, SIDE_PX_MAX, look
+from ownware_gateway.tools import (
+    KEPT_BYTES_MAX,
+    OUTPUT_LIMIT_BYTES,
+    Context,
+    Image,
+    Output,
+    Tool,
+    ToolFailed,
+    Whole,
+    clip,
+    cut,
+    keepable,
+)
 from ownware_gateway.tools.workspace import (
     BINARY_PROBE_BYTES,
     ENTRIES_MAX,
@@ -27,6 +40,7 @@ from ownware_gateway.tools.workspace import (
     resolve_file,
     schema,
     shown,
+    under,
     with_notes,
 )
 
@@ -55,12 +69,31 @@ def _read(context: Context, arguments: dict[str, Any], cancelled: threading.Even
     with open_folder(context.workspace, parts[:-1]) as folder, open_file(folder, parts) as file:
         size = os.fstat(file.fileno()).st_size
         if b"\0" in file.read(BINARY_PROBE_BYTES):
-            raise ToolFailed(f"{shown(parts)} is a binary file of {size} bytes, not text.")
+            file.seek(0)
+            return _image(file, parts, size)
         file.seek(0)
         lines = _skip(file, first - 1, cancelled)
         if first > 1 and not file.peek(1):
             raise ToolFailed(f"{shown(parts)} has {lines} lines; offset {first} is past its end.")
         return _page(file, first, arguments.get("limit", READ_LINES), size - file.tell())
+
+
+def _image(file: BufferedReader, parts: Parts, size: int) -> Output:
+    """Return what is in a binary file, if it is an image."""
+    data = file.read(IMAGE_BYTES_MAX)
+    picture = look(data)
+    if picture is None:
+        raise ToolFailed(
+            f"{shown(parts)} is a binary file of {size} bytes, neither text nor an image."
+        )
+    sides = f"{picture.width_px}×{picture.height_px} pixels, {size} bytes"
+    if size > len(data) or not picture.can_be_shown:
+        raise ToolFailed(
+            f"{shown(parts)} is an image of {sides}; up to {SIDE_PX_MAX} pixels a side and "
+            f"{IMAGE_BYTES_MAX} bytes can be shown."
+        )
+    said = f"[image: {shown(parts)}, {picture.mime_type}, {sides}]"
+    return Output(said, bytes_raw=size, content=(Image(picture.mime_type, data),))
 
 
 def _skip(file: BufferedReader, lines_max: int, cancelled: threading.Event) -> int:
@@ -79,31 +112,45 @@ def _skip(file: BufferedReader, lines_max: int, cancelled: threading.Event) -> i
 def _page(file: BufferedReader, first: int, lines_max: int, left_bytes: int) -> Output:
     """Return the next lines, as many as were asked for and there is room for."""
     lines: list[bytes] = []
-    notes = []
     room = TEXT_BYTES_MAX
     while len(lines) < lines_max and (line := file.readline(room + 1)):
-        if len(line) > room and lines:
-            break
-        lines.append(line[:room])
         if len(line) > room:
-            notes.append(f"[line {first} is cut: it is longer than what can be shown]")
+            if not lines:
+                return _long_line(file, line, first, left_bytes)
             break
+        lines.append(line)
         room -= len(line)
     raw = b"".join(lines)
     if not raw:
         return Output("[the file is empty]")
-    try:
-        text = raw.decode()
-    except UnicodeDecodeError:
-        text = raw.decode("utf-8", "replace")
-        if not notes:  # Where a line was cut, a character may have been.
-            notes.append("[this is not UTF-8: what cannot be read is shown as \ufffd]")
+    text, notes = _text(raw)
     if more := len(raw) < left_bytes:
         last = first + len(lines) - 1
         notes.append(f"[lines {first} to {last} are shown; go on with offset {last + 1}]")
     output = with_notes(text, notes)
     cut = output.truncated or (more and len(lines) < lines_max)
     return replace(output, truncated=cut, bytes_raw=left_bytes if cut else len(raw))
+
+
+def _text(raw: bytes) -> tuple[str, list[str]]:
+    try:
+        return raw.decode(), []
+    except UnicodeDecodeError:
+        note = "[this is not UTF-8: what cannot be read is shown as \ufffd]"
+        return raw.decode("utf-8", "replace"), [note]
+
+
+def _long_line(file: BufferedReader, begun: bytes, number: int, left_bytes: int) -> Output:
+    """Return the beginning of a line that is longer than what can be shown."""
+    line = begun
+    if not line.endswith(b"\n"):
+        line += file.readline(KEPT_BYTES_MAX - len(begun))
+    gap = f"\n[line {number} is cut: it is longer than what can be shown]"
+    kept = keepable(line.decode("utf-8", "replace").encode())
+    notes = []
+    if len(line) < left_bytes:
+        notes.append(f"[lines {number} to {number} are shown; go on with offset {number + 1}]")
+    return under(cut(Whole(kept, TEXT_BYTES_MAX, gap), left_bytes), notes)
 
 
 def _list(context: Context, arguments: dict[str, Any], _: threading.Event) -> Output:
@@ -256,7 +303,8 @@ TOOLS: Final[tuple[Tool, ...]] = (
         name="read_file",
         description=(
             "Read a text file of the workspace, exactly as it is. A long file comes in pages: the"
-            " note at the end says which offset to go on with."
+            " note at the end says which offset to go on with. A file that is an image (PNG, JPEG,"
+            " GIF, WebP) is shown as one."
         ),
         input_schema=schema(
             ["path"],

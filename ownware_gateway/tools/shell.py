@@ -18,8 +18,18 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, Final
 
+from ownware_gateway.masking import without_begun, without_ended
 from ownware_gateway.processes import sweep
-from ownware_gateway.tools import OUTPUT_LIMIT_BYTES, TIMEOUT_S, Context, Output, Tool, ToolFailed
+from ownware_gateway.tools import (
+    KEPT_BYTES_MAX,
+    OUTPUT_LIMIT_BYTES,
+    TIMEOUT_S,
+    Context,
+    Output,
+    Tool,
+    ToolFailed,
+    Whole,
+)
 
 #: The most that a call may ask for as its `timeout_s`.
 TIMEOUT_MAX_S: Final = 600.0
@@ -33,9 +43,12 @@ OUTPUT_HARD_LIMIT_BYTES: Final = 64 * 1024 * 1024
 #: What the notes in and under the output may take of `OUTPUT_LIMIT_BYTES`.
 NOTES_BYTES: Final = 1024
 
-#: How much of the beginning of an output is kept, and how much of its end, where errors stand.
+#: How much of the beginning of an output is told, and how much of its end, where errors stand.
 HEAD_BYTES: Final = OUTPUT_LIMIT_BYTES // 2 - NOTES_BYTES
 TAIL_BYTES: Final = OUTPUT_LIMIT_BYTES // 2
+
+#: How much of the beginning is kept, to be read on in.
+KEPT_HEAD_BYTES: Final = KEPT_BYTES_MAX - TAIL_BYTES - NOTES_BYTES
 
 #: Most progress lines of one call, and most characters of one.
 PROGRESS_LINES_MAX: Final = 100
@@ -158,13 +171,17 @@ class _Command:
             notes.append(
                 f"[processes left in the background, ended with the command: {self._left_over}]"
             )
-        text, truncated = self._kept.text()
-        if not text and not notes:
+        whole = self._kept.whole()
+        if not whole.text and not notes:
             notes.append("[no output]")
-        if text and notes and not text.endswith("\n"):
-            text += "\n"
+        between = "\n" if whole.text and notes and not whole.text.endswith("\n") else ""
+        whole = whole._replace(end=between + "\n".join(notes))
         return Output(
-            text + "\n".join(notes), truncated, self._kept.bytes_raw, is_error=bool(ending)
+            whole.told(whole.text),
+            bool(whole.gap),
+            self._kept.bytes_raw,
+            is_error=bool(ending),
+            whole=whole if whole.gap else None,
         )
 
     def _ending(self) -> str:
@@ -226,24 +243,30 @@ class _Kept:
         # Bytes that are no UTF-8 grow when they are replaced, so the text is what is measured.
         data = text.encode()
         self._bytes += len(data)
-        room = HEAD_BYTES - len(self._head)
+        room = KEPT_HEAD_BYTES - len(self._head)
         self._head += data[:room]
         self._tail += data[room:]
         if len(self._tail) > 2 * TAIL_BYTES:
             del self._tail[:-TAIL_BYTES]
         return text
 
-    def text(self) -> tuple[str, bool]:
-        """Return what was kept, and whether anything was cut."""
+    def whole(self) -> Whole:
+        """Return what was kept, and which part of it is told; all of it where there is no gap."""
+        gap = ""
+        if (left_out := self._bytes - HEAD_BYTES - TAIL_BYTES) > 0:
+            gap = f"\n[cut: {self.bytes_raw} bytes in all, {left_out} left out here]\n"
+        return Whole(self._text(), HEAD_BYTES, gap, TAIL_BYTES)
+
+    def _text(self) -> str:
         tail = self._tail[-TAIL_BYTES:]
         left_out = self._bytes - len(self._head) - len(tail)
         if not left_out:
-            return (self._head + tail).decode(), False
+            return (self._head + tail).decode()
         return (
-            self._head.decode("utf-8", "ignore")
-            + f"\n[cut: {self.bytes_raw} bytes in all, {left_out} left out here]\n"
-            + tail.decode("utf-8", "ignore")
-        ), True
+            without_begun(self._head.decode("utf-8", "ignore"))
+            + f"\n[{left_out} bytes are not kept here]\n"
+            + without_ended(tail.decode("utf-8", "ignore"))
+        )
 
 
 class _Progress:
@@ -266,7 +289,8 @@ class _Progress:
                 self._tell(f"… (only the first {PROGRESS_LINES_MAX} lines are shown while it runs)")
                 return
             long = len(line) > PROGRESS_LINE_CHARS_MAX
-            self._tell(line[:PROGRESS_LINE_CHARS_MAX] + "…" if long else line)
+            # What masks secrets would not recognise the first part of one.
+            self._tell(without_begun(line[:PROGRESS_LINE_CHARS_MAX]) + "…" if long else line)
 
 
 def _signal_name(number: int) -> str:

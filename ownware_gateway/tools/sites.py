@@ -28,7 +28,7 @@ from ownware_gateway.outbound import (
     Request,
 )
 from ownware_gateway.settings import Settings
-from ownware_gateway.tools import Context, Output, ToolFailed, clip
+from ownware_gateway.tools import Context, Output, ToolFailed, Whole, clip, cut, keepable
 from ownware_gateway.tools.readable import readable
 from ownware_gateway.tools.web import RESULTS_DEFAULT, URL_CHARS_MAX
 
@@ -174,10 +174,14 @@ def _page(head: str, text: str, arguments: dict[str, Any], notes: list[str]) -> 
         notes.insert(
             0, f"[{first} to {last} of {len(text)} characters are shown; go on with offset {last}]"
         )
-    said = f"{head}\n{part or '[there is no text]'}" + "".join(f"\n{note}" for note in notes)
-    return Output(
-        clip(said).text, truncated=bool(notes), bytes_raw=len(text.encode("utf-8", "replace"))
-    )
+    said = f"{head}\n{part or '[there is no text]'}"
+    size = len(text.encode("utf-8", "replace"))
+    under = "".join(f"\n{note}" for note in notes)
+    if last == len(text):
+        return Output(clip(said + under).text, truncated=bool(notes), bytes_raw=size)
+    # The rest is at hand: it need not be fetched again.
+    whole = keepable(f"{head}\n{text[first:]}".encode("utf-8", "replace"))
+    return cut(Whole(whole, len(said.encode("utf-8", "replace")), under), size)
 
 
 @dataclass(frozen=True, slots=True)

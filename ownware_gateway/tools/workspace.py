@@ -240,10 +240,16 @@ def _missing(folder: int, parts: Parts) -> ToolFailed:
 def with_notes(text: str, notes: Sequence[str]) -> Output:
     """Return a text as an output, cut to its limit, and under it what else is to be known."""
     output = clip(text, TEXT_BYTES_MAX)
+    return under(output, notes)
+
+
+def under(output: Output, notes: Sequence[str]) -> Output:
+    """Return an output with what else is to be known under its text."""
     if not notes:
         return output
-    between = "" if output.text.endswith("\n") else "\n"
-    return replace(output, text=output.text + between + "\n".join(notes))
+    end = ("" if output.text.endswith("\n") else "\n") + "\n".join(notes)
+    whole = output.whole and output.whole._replace(end=output.whole.end + end)
+    return replace(output, text=output.text + end, whole=whole)
 
 
 def schema(required: Sequence[str], **properties: dict[str, Any]) -> dict[str, Any]:

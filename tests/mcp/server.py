@@ -10,6 +10,7 @@ tools its arguments say:
 - `--chatty` writes to its output what is no message.
 """
 
+import base64
 import json
 import os
 import signal
@@ -21,6 +22,11 @@ from pathlib import Path
 from typing import Any, Final
 
 VERSION: Final = "2025-11-25"
+
+#: A PNG of one pixel.
+DOT: Final = (
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg=="
+)
 
 ANNOTATIONS: Final[dict[str, dict[str, bool]]] = {
     "echo": {"readOnlyHint": True},
@@ -52,6 +58,7 @@ TOOLS: Final[dict[str, dict[str, Any]]] = {
     "change": schema(),
     "fail": schema(),
     "picture": schema(),
+    "album": schema(),
     "structured": schema(),
     "progress": schema(),
     "ask": schema(),
@@ -138,6 +145,8 @@ def call(number: Any, name: Any, arguments: dict[str, Any], meta: dict[str, Any]
                     },
                 ]
             }
+        case "album":
+            return album()
         case "structured":
             return {"content": [], "structuredContent": {"answer": 42}}
         case "progress":
@@ -159,6 +168,27 @@ def call(number: Any, name: Any, arguments: dict[str, Any], meta: dict[str, Any]
             return text(f"this is {name}")
         case _:
             return text(f"there is no {name}", isError=True)
+
+
+def album() -> dict[str, Any]:
+    """Something of every kind that a result can hold."""
+
+    def data(raw: bytes) -> str:
+        return base64.b64encode(raw).decode()
+
+    page = {"uri": "urn:page", "mimeType": "text/html", "text": "<b>hi</b>"}
+    archive = {"uri": "urn:zip", "mimeType": "application/zip", "blob": data(b"PK")}
+    return {
+        "content": [
+            {"type": "text", "text": "look:"},
+            {"type": "image", "mimeType": "image/png", "data": DOT},
+            {"type": "audio", "mimeType": "audio/wav", "data": data(b"RIFF")},
+            {"type": "resource", "resource": page},
+            {"type": "resource", "resource": archive},
+            {"type": "resource_link", "uri": "urn:log", "name": "the log", "size": 9},
+        ],
+        "structuredContent": {"answer": 42},
+    }
 
 
 def tools() -> list[dict[str, Any]]:

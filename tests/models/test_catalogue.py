@@ -297,7 +297,8 @@ async def test_openai_is_asked_in_responses_at_its_own_address_only(
     address: str, dialect: type
 ) -> None:
     models = KnownModels(settings(openai_api_key=KEY, openai_base_url=address))
-    found = models.resolve("openai:gpt-5.5").model
+    seeing: Any = models.resolve("openai:gpt-5.5").model
+    found = seeing.model
     assert type(found) is dialect
     assert getattr(found, "base_url", None) == (address or "https://api.openai.com/v1").rstrip("/")
 
@@ -335,8 +336,8 @@ async def test_ollama_is_found_however_its_variable_is_written(
     ],
 )
 async def test_ollamas_ports_are_its_own(given: str, address: str) -> None:
-    found = KnownModels(Settings(ollama_host=given)).resolve("ollama:any")
-    assert getattr(found.model, "base_url", None) == address
+    seeing: Any = KnownModels(Settings(ollama_host=given)).resolve("ollama:any").model
+    assert seeing.model.base_url == address
 
 
 @pytest.mark.parametrize(

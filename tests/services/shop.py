@@ -1,5 +1,6 @@
 """A service of our own for the tests: a small shop on loopback that describes itself.
 
+
 Its OpenAPI document is made from its table of routes and the models of its bodies. It counts what
 comes, keeps whole requests, and can be told to misbehave.
 """
@@ -14,6 +15,8 @@ from typing import Any, Final, Self
 from aiohttp import web
 from multidict import CIMultiDictProxy
 from pydantic import BaseModel, Field
+
+from tests.pictures import png
 
 #: What the log-in takes, and what a value of its begins with; built so that neither is a literal.
 PASSWORD: Final = "open-" + "sesame-42"
@@ -246,7 +249,7 @@ class Shop:
         return web.Response()
 
     async def picture(self, request: web.Request) -> web.StreamResponse:
-        return web.Response(body=b"\x89PNG\r\n", content_type="image/png")
+        return web.Response(body=png(), content_type="image/png")
 
     async def large(self, request: web.Request) -> web.StreamResponse:
         return web.Response(text="x" * 5_000_000)

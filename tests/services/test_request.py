@@ -10,7 +10,7 @@ from ownware_gateway.services.config import fill, secrets
 from ownware_gateway.services.request import Borne, Built, bear, build
 from ownware_gateway.services.results import Answered, render
 from ownware_gateway.services.spec import describe
-from ownware_gateway.tools import ToolFailed
+from ownware_gateway.tools import Image, Resource, ToolFailed
 
 ROOT = "https://shop.example/openapi.json"
 
@@ -225,12 +225,23 @@ def answered(body: bytes, kind: str = "application/json", status: int = 200) -> 
         (answered(b"<p>", "text/html"), "<p>"),
         (answered(b"x", ""), "x"),
         (answered(b"", status=204), "[HTTP 204, without a body]"),
-        (answered(b"\x00" * 9, "image/png"), "[image/png, 9 bytes, which cannot be shown as text]"),
+        (answered(b"\x00" * 9, "image/png"), "[image: image/png, 9 bytes]"),
+        (
+            answered(b"\x00" * 9, "application/zip"),
+            "[application/zip, 9 bytes, which cannot be shown as text]",
+        ),
         (Answered(200, "text/plain", "no-such-charset", b"x", True), "x"),
     ],
 )
 def test_an_answer_is_text(given: Answered, text: str) -> None:
     assert render(given, "GET /a").text == text
+
+
+def test_an_answer_that_is_no_text_is_a_part() -> None:
+    image = render(answered(b"png", "image/png"), "GET /a")
+    assert image.content == (Image("image/png", b"png"),)
+    other = render(answered(b"zip", "application/zip"), "GET /a")
+    assert other.content == (Resource("GET /a", "application/zip", b"zip"),)
 
 
 def test_an_answer_that_says_no_is_told_in_part() -> None:

@@ -14,6 +14,7 @@ from ownware_gateway.services.fetch import Fetcher, policy
 from ownware_gateway.services.schema import Wrong
 from tests.gateway import Gateways, get_json, post_json, run_events, start_run, until_status
 from tests.mcp.test_runs import AUTO, calls, ends, offered
+from tests.pictures import png
 from tests.provider import Call, Provider, Reply
 from tests.services.shop import PASSWORD, SESSION, Shop
 from tests.sites import Names, Site, answer
@@ -73,7 +74,7 @@ async def test_an_agent_calls_the_operations_of_its_profiles_service(
     assert json.loads(json.loads(said[3][0])["body"]) == {"name": "tea", "price": 2.5}
     listed = next(came for came in shop.came if came.method == "GET" and came.query)
     assert listed.query == [("tags", "a b"), ("tags", "c"), ("filter[size]", "l&m")]
-    assert said[5] == ("[image/png, 6 bytes, which cannot be shown as text]", False)
+    assert said[5] == (f"[image: image/png, {len(png())} bytes]", False)
     assert not said[6][1]
     assert "only the first 2097152 bytes of the answer were read" in said[6][0]
     assert "it has no 'colour'; there are: name, price, tags, more." in said[7][0]

@@ -9,8 +9,18 @@ from typing import Any
 
 import pytest
 
-from ownware_gateway.tools import OUTPUT_LIMIT_BYTES, Context, Output, ToolFailed, parse_arguments
+from ownware_gateway.images import IMAGE_BYTES_MAX, SIDE_PX_MAX
+from ownware_gateway.tools import (
+    KEPT_BYTES_MAX,
+    OUTPUT_LIMIT_BYTES,
+    Context,
+    Image,
+    Output,
+    ToolFailed,
+    parse_arguments,
+)
 from ownware_gateway.tools.files import LIST_ENTRIES_MAX, READ_LINES, TOOLS
+from tests.pictures import png
 
 BY_NAME = {tool.name: tool for tool in TOOLS}
 
@@ -73,12 +83,47 @@ async def test_a_line_longer_than_an_output_is_cut_and_said_so(
     assert (await call(context, "read_file", path="a.txt", offset=2)).text == "next\n"
 
 
+async def test_the_rest_of_a_long_line_is_at_hand(context: Context, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("x" * 300_000 + "end\nnext\n")
+    read = await call(context, "read_file", path="a.txt")
+    assert read.whole is not None
+    assert read.whole.text == "x" * 300_000 + "end\n"
+    assert read.text.endswith("[lines 1 to 1 are shown; go on with offset 2]")
+    (tmp_path / "a.txt").write_bytes(b"\xff" * (KEPT_BYTES_MAX + 1000))
+    read = await call(context, "read_file", path="a.txt")
+    assert read.whole is not None
+    assert len(read.whole.text.encode()) <= KEPT_BYTES_MAX
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.txt"])
+async def test_an_image_is_shown_as_one_whatever_its_name(
+    name: str, context: Context, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_bytes(png(20, 10))
+    size = len(png(20, 10))
+    read = await call(context, "read_file", path=name, offset=7)
+    assert read.text == f"[image: {name}, image/png, 20×10 pixels, {size} bytes]"
+    assert read.content == (Image("image/png", png(20, 10)),)
+
+
+async def test_an_image_that_no_model_takes_is_said_to_be_too_large(
+    context: Context, tmp_path: Path
+) -> None:
+    (tmp_path / "wide.png").write_bytes(png(SIDE_PX_MAX + 1, 1))
+    (tmp_path / "heavy.png").write_bytes(png(filler=IMAGE_BYTES_MAX))
+    for name in ("wide.png", "heavy.png"):
+        with pytest.raises(
+            ToolFailed, match=r"is an image of \d+×\d pixels, \d+ bytes; up to 8000"
+        ):
+            await call(context, "read_file", path=name)
+
+
 async def test_what_is_no_text_is_said(context: Context, tmp_path: Path) -> None:
     (tmp_path / "image").write_bytes(b"\x89PNG\0\0")
     (tmp_path / "latin").write_bytes(b"caf\xe9")
     (tmp_path / "empty").touch()
     (tmp_path / "folder").mkdir()
-    with pytest.raises(ToolFailed, match="image is a binary file of 6 bytes"):
+    with pytest.raises(ToolFailed, match="image is a binary file of 6 bytes, neither text nor"):
         await call(context, "read_file", path="image")
     latin = (await call(context, "read_file", path="latin")).text
     assert latin == "caf\ufffd\n[this is not UTF-8: what cannot be read is shown as \ufffd]"

@@ -129,10 +129,10 @@ async def test_an_endless_output_is_killed(tmp_path: Path) -> None:
 
 async def test_progress_is_told_line_by_line_and_not_without_end(tmp_path: Path) -> None:
     lines: list[str] = []
-    command = f"printf 'a\\rb\\n\\n'; head -c 5000 /dev/zero | tr '\\0' x; echo; seq {10_000}"
+    command = f"printf 'a\\rb\\n\\n'; yes word | head -n 500 | tr '\\n' ' '; echo; seq {10_000}"
     await TOOL.call(in_folder(tmp_path, lines.append), {"command": command})
     assert lines[:2] == ["a", "b"]
-    assert lines[2] == "x" * PROGRESS_LINE_CHARS_MAX + "…"
+    assert lines[2] == "word " * (PROGRESS_LINE_CHARS_MAX // 5) + "…"
     assert lines[3] == "1"
     assert len(lines) == PROGRESS_LINES_MAX + 1
     assert lines[-1].startswith("…")

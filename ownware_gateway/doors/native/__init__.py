@@ -44,6 +44,7 @@ from ownware_gateway.doors.native.bodies import (
     read_bytes,
 )
 from ownware_gateway.doors.native.files import export_header, parse_export
+from ownware_gateway.doors.native.outputs import number, part_response, text_response
 from ownware_gateway.doors.native.servers import ServerHandlers
 from ownware_gateway.doors.native.services import ServiceHandlers
 from ownware_gateway.engine import Engine, StartRun, deleted
@@ -119,6 +120,7 @@ class Native(ServerHandlers, ServiceHandlers):
         """Return every route of the door."""
         base = "/api/v1"
         stream = f"{base}/threads/{{thread_id}}/agents/{{agent_id}}/events"
+        output = f"{base}/threads/{{thread_id}}/agents/{{agent_id}}/outputs/{{seq}}"
         decision = f"{base}/runs/{{run_id}}/permissions/{{request_id}}/decision"
         return [
             web.post(f"{base}/run", self.start),
@@ -141,6 +143,8 @@ class Native(ServerHandlers, ServiceHandlers):
             web.post(f"{base}/threads/{{thread_id}}/abort", self.abort),
             web.get(stream, self.thread_events, allow_head=False),
             web.get(f"{stream}/history", self.history),
+            web.get(output, self.output),
+            web.get(f"{output}/{{index}}", self.output_part),
             web.get(f"{base}/approvals", self.approvals),
             web.get(f"{base}/approvals/events", self.approval_events, allow_head=False),
             web.get(f"{base}/models", self.models),
@@ -427,6 +431,19 @@ class Native(ServerHandlers, ServiceHandlers):
                 "events": [json.loads(record.payload) for record in records],
             }
         )
+
+    async def output(self, request: web.Request) -> web.Response:
+        """Send all of the text that a tool call gave back."""
+        query(request)
+        stream, _ = await self._find_stream(request)
+        return await text_response(self._log, stream, number(request, "seq"))
+
+    async def output_part(self, request: web.Request) -> web.Response:
+        """Send the bytes of a part of what a tool call gave back."""
+        query(request)
+        stream, _ = await self._find_stream(request)
+        seq, index = number(request, "seq"), number(request, "index")
+        return await part_response(self._log, stream, seq, index)
 
     # -- people's answers
 

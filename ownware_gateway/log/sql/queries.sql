@@ -227,6 +227,17 @@ ON CONFLICT (profile_id, day) DO UPDATE SET
 -- spent --
 SELECT cost_usd, turns, active_ms FROM spent WHERE profile_id = ? AND day = ?;
 
+-- private_at --
+SELECT body FROM private WHERE stream_key = ? AND seq = ? AND kind = ?;
+
+-- kept_output --
+-- The events of kept outputs alone are looked into, the latest first.
+SELECT private.body
+FROM private JOIN events ON events.stream_key = private.stream_key AND events.seq = private.seq
+WHERE private.stream_key = ? AND private.kind = 'output.00'
+  AND json_extract(CAST(events.payload AS TEXT), '$.toolCallId') = ?
+ORDER BY private.seq DESC LIMIT 1;
+
 -- agents --
 SELECT streams.agent_id, streams.head
 FROM streams JOIN threads ON threads.key = streams.thread_key
