@@ -18,8 +18,11 @@ COMPILE := $(UV) pip compile pyproject.toml --quiet --no-config --upgrade \
 	--universal --python-version 3.11 --generate-hashes \
 	--no-header --no-annotate --no-emit-index-url --no-emit-find-links
 
+# Each client for itself: they do not agree on what they need.
+COMPILE_CLIENT := $(subst pyproject.toml ,,$(COMPILE))
+
 .DEFAULT_GOAL := help
-.PHONY: help serve test check format live browser soak mcp services bench lock clean
+.PHONY: help serve test check format live browser soak mcp services clients bench lock clean
 
 help: ## Say what there is to make.
 	@sed -n 's/^\([a-z ]*\):.*## /  make \1\t/p' Makefile | expand -t 30
@@ -40,7 +43,7 @@ format: $(VENV)/test.stamp ## Format, and repair what can be repaired.
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
 
-live browser soak mcp services: $(VENV)/test.stamp ## Run the tests that are left out otherwise.
+live browser soak mcp services clients: $(VENV)/test.stamp ## Run the tests that are left out otherwise.
 	@$(BIN)/python -m pytest -m $@ $(ARGS)
 
 bench: $(VENV)/test.stamp ## Measure how fast it is, beside what the machine can do.
@@ -50,6 +53,9 @@ lock: ## Make the lock files anew (needs uv).
 	$(COMPILE) --group build --output-file requirements.lock
 	$(COMPILE) --group build --group test --group check --constraint requirements.lock \
 		--output-file requirements-dev.lock
+	for client in tests/clients/*.in; do \
+		$(COMPILE_CLIENT) $$client --output-file $${client%.in}.lock || exit 1; \
+	done
 
 clean: ## Remove all that was installed or cached.
 	rm -rf $(VENV) .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache

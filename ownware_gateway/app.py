@@ -21,7 +21,7 @@ from ownware_gateway.calls import Parts
 from ownware_gateway.custom import Given as OwnGiven, Trust
 from ownware_gateway.custom.source import OwnTools
 from ownware_gateway.datadir import DataDir
-from ownware_gateway.doors import native
+from ownware_gateway.doors import native, openai
 from ownware_gateway.engine import Engine, EngineLimits
 from ownware_gateway.errors import BootError
 from ownware_gateway.log import Log, Retention
@@ -129,7 +129,9 @@ async def gateway(settings: Settings) -> AsyncIterator[Gateway]:
         needs_token = (
             settings.require_auth or settings.behind_proxy or not auth.is_loopback(settings.host)
         )
-        token, token_is_new = data_dir.token() if needs_token else ("", False)
+        token, token_is_new = settings.api_key, False
+        if needs_token and not token:
+            token, token_is_new = data_dir.token()
         access = auth.decide(settings, token)
         workspace = _workspace(settings, data_dir)
         listener = _listen(settings)
@@ -187,6 +189,19 @@ async def gateway(settings: Settings) -> AsyncIterator[Gateway]:
                 servers_may_be_added=settings.mcp_add,
             )
         )
+        openai_door = openai.OpenAI(
+            openai.OpenAIParts(
+                engine=engine,
+                log=log,
+                streamer=streamer,
+                catalogue=catalogue,
+                profiles=profiles,
+                cancels=settings.disconnect == "cancel",
+                helper_prompts=settings.helper_prompts,
+                fetch_private=settings.fetch_private,
+                started_s=clock_ms() // 1000,
+            )
+        )
         recovered = await engine.recover()
         pruning = asyncio.get_running_loop().create_task(_prune(log, engine, settings))
         stack.callback(pruning.cancel)
@@ -203,7 +218,7 @@ async def gateway(settings: Settings) -> AsyncIterator[Gateway]:
         requests = Requests()
         app = web.Application(client_max_size=native.BODY_BYTES_MAX, middlewares=[requests.answer])
         auth.protect(app, access, lambda: clock_ms() / 1000)
-        app.add_routes(door.routes())
+        app.add_routes([*door.routes(), *openai_door.routes()])
         app.on_response_prepare.append(_name_server)
         runner = web.AppRunner(
             app,
@@ -299,6 +314,8 @@ class Requests:
         try:
             return await handler(request)
         except Exception as error:  # noqa: BLE001 - whatever it is, the client must hear of it
+            if openai.answers(request.path):
+                return openai.answer_to(request, error)
             return native.answer_to(request, error)
         finally:
             self._left -= 1

@@ -41,14 +41,26 @@ LIMITED: Final = web.RequestKey("LIMITED", float)
 OPEN_PATHS: Final = frozenset({"/health", "/api/v1/health"})
 SAFE_METHODS: Final = frozenset({hdrs.METH_GET, hdrs.METH_HEAD, hdrs.METH_OPTIONS})
 ALLOW_METHODS: Final = "GET, HEAD, POST, PUT, PATCH, DELETE"
-ALLOW_HEADERS: Final = "Authorization, Content-Type, Idempotency-Key, Last-Event-ID, X-API-Key"
-EXPOSE_HEADERS: Final = "X-Ownware-Correlation-Id, Location, Idempotency-Replayed, Retry-After"
+ALLOW_HEADERS: Final = (
+    "Authorization, Content-Type, Idempotency-Key, Last-Event-ID, X-API-Key, X-Conversation-Id, "
+    "X-OpenWebUI-Chat-Id"
+)
+EXPOSE_HEADERS: Final = (
+    "X-Ownware-Correlation-Id, Location, Idempotency-Replayed, Retry-After, X-Run-Id, "
+    "X-Conversation-Id"
+)
 PREFLIGHT_MAX_AGE_S: Final = 600
 WINDOW_S: Final = 60.0
 
 #: Callers counted one by one; those beyond share one count, so that memory stays bounded.
 CALLERS_MAX: Final = 1_000
 OTHERS: Final = "others"
+
+#: What the end of a path says of a POST: it starts a run.
+RUNS: Final = ("/run", "/chat/completions", "/execute")
+
+#: What the official OpenAI clients tell of themselves, in a browser too.
+_OF_OPENAI: Final = re.compile(r"(?:x-stainless|openai)-[a-z-]+")
 
 _DEFAULT_PORTS: Final = {"http": 80, "https": 443}
 _AUTHORITY: Final = re.compile(
@@ -100,7 +112,8 @@ def decide(settings: Settings, token: str = "") -> Access:
     Raises BootError for a combination that is not safe, and for a name or origin that is not one.
     """
     exposed = not is_loopback(settings.host)
-    token_required = exposed or settings.behind_proxy or settings.require_auth
+    asked = settings.require_auth or bool(settings.api_key)
+    token_required = exposed or settings.behind_proxy or asked
     if token_required and not token:
         where = settings.host or "all addresses"
         raise BootError(f"A gateway on {where} needs a token with these settings, and has none.")
@@ -240,7 +253,7 @@ def _check_token(access: Access, request: web.Request) -> None:
         raise GatewayError(
             "unauthorized",
             "The token is missing or wrong; send it as 'Authorization: Bearer <token>'. "
-            "It is in the file gateway-token of the data directory.",
+            "It is in the file gateway-token of the data directory, unless it was chosen.",
         )
     request[CALLER] = caller or "anonymous"
 
@@ -312,7 +325,7 @@ class _Limits:
 
     async def hit(self, request: web.Request) -> float | None:
         """Count a request; return None, or after how many seconds the next one is allowed."""
-        is_run = request.method == hdrs.METH_POST and _path(request).endswith("/run")
+        is_run = request.method == hdrs.METH_POST and _path(request).endswith(RUNS)
         item = self._run if is_run else self._general
         window = self._windows[self._admit(_limited_as(self._access, request))]
         if await window.hit(item):
@@ -398,10 +411,16 @@ def _preflight(access: Access, request: web.Request) -> web.Response:
     if _is_allowed_origin(access, request):
         headers = {
             hdrs.ACCESS_CONTROL_ALLOW_METHODS: ALLOW_METHODS,
-            hdrs.ACCESS_CONTROL_ALLOW_HEADERS: ALLOW_HEADERS,
+            hdrs.ACCESS_CONTROL_ALLOW_HEADERS: ", ".join([ALLOW_HEADERS, *_of_openai(request)]),
             hdrs.ACCESS_CONTROL_MAX_AGE: str(PREFLIGHT_MAX_AGE_S),
         }
     return web.Response(status=204, headers=headers)
+
+
+def _of_openai(request: web.Request) -> list[str]:
+    """Return the headers of OpenAI's clients among those that a preflight asks for."""
+    asked = request.headers.get(hdrs.ACCESS_CONTROL_REQUEST_HEADERS, "").lower().split(",")
+    return [name for name in map(str.strip, asked) if _OF_OPENAI.fullmatch(name)]
 
 
 def _origin_of(request: web.Request) -> Origin | None:

@@ -27,7 +27,7 @@ from ownware_gateway.events import (
 )
 from ownware_gateway.log import Commit, Log, Permission, Private, Refused, Run
 from ownware_gateway.masking import MASK, Masker
-from ownware_gateway.models import Catalogue, Dispatch
+from ownware_gateway.models import AS_THE_PROFILE_SAYS, Catalogue, Dispatch, Options
 from ownware_gateway.permissions import (
     Verdict,
     allowed_tools,
@@ -138,6 +138,7 @@ class Assignment:
     family: Family
     restarted: bool = False
     above: Sequence[Above] = ()
+    options: Options = AS_THE_PROFILE_SAYS
     budgets: Budgets = field(kw_only=True)
 
     @property
@@ -180,6 +181,7 @@ class Calls:
         self._run = assignment.run
         self._profile = assignment.profile
         self._profile_now = assignment.profile_now
+        self._bare = assignment.options.bare
         self._above = assignment.above
         #: What people have allowed for the rest of the thread when any of its agents asked.
         self.granted_elsewhere: frozenset[str] = frozenset()
@@ -191,6 +193,8 @@ class Calls:
 
     async def connect(self) -> None:
         """Have ready what the agent's tools need; what cannot be is `missing`."""
+        if self._bare:
+            return
         for source in self._parts.sources:
             await source.connect(self._profile_now)
 
@@ -201,6 +205,8 @@ class Calls:
         What a source is, the files say; that it may be used, both versions of the profile must.
         A tool that is built in has its name whoever else wants it.
         """
+        if self._bare:
+            return {}
         offered: dict[str, Tool] = {}
         for source in self._parts.sources:
             offered |= source.tools(self._profile_now)
@@ -212,6 +218,8 @@ class Calls:
     @property
     def missing(self) -> Mapping[str, str]:
         """What cannot be used now, by what its tools' names begin with, with a sentence each."""
+        if self._bare:
+            return {}
         found: dict[str, str] = {}
         for source in self._parts.sources:
             found |= source.missing(self._profile_now)
@@ -450,7 +458,7 @@ class Calls:
                 ]
             )
 
-        context = Context(self._parts.workspace, self._parts.environment, progress, self._kept)
+        context = Context(self._parts.workspace, self._parts.environment, progress, kept=self._kept)
         try:
             async with asyncio.timeout(tool.timeout_s):
                 return await tool.call(context, arguments)

@@ -32,7 +32,7 @@ from ownware_gateway.log.backup import backup, restore
 from ownware_gateway.masking import Masker
 from ownware_gateway.profile import Profile
 from ownware_gateway.profile.folder import AGENT_FILES
-from ownware_gateway.settings import LOG_LEVELS, Settings, load, variable
+from ownware_gateway.settings import DISCONNECTS, LOG_LEVELS, Settings, load, variable
 from ownware_gateway.terminal import Terminal, note, printable, say
 
 #: Whoever reads the address may send a request at once, which should not have to wait until the
@@ -120,6 +120,12 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument(
         "--served-name", action="append", metavar="NAME", help="a host name to answer to"
     )
+    serve.add_argument("--api-key", metavar="KEY", help="the token, instead of one that is made")
+    serve.add_argument(
+        "--disconnect",
+        choices=DISCONNECTS,
+        help="what becomes of a run without a conversation that nobody reads (cancel)",
+    )
     serve.add_argument(
         "--cors-origin", action="append", metavar="ORIGIN", help="a web origin that may call"
     )
@@ -205,8 +211,9 @@ def _version(_: argparse.Namespace) -> int:
 
 
 def _token(arguments: argparse.Namespace) -> int:
-    path = _settings(arguments).data_path
-    token = datadir.read_token(path)
+    settings = _settings(arguments)
+    path = settings.data_path
+    token = settings.api_key or datadir.read_token(path)
     if token is None:
         note(
             f"There is no token in {path}. A gateway makes one when it first needs one: "
@@ -278,7 +285,9 @@ def _say_what_is_there(up: Gateway, settings: Settings) -> None:
     if up.recovered:
         _say_field("Runs", f"{up.recovered} unfinished, picked up again")
     token = f"{_program()} token --data-dir {shlex.quote(str(up.data_dir))}"
-    if up.token and up.token_is_new:
+    if settings.api_key:
+        _say_field("Token", f"the one of --api-key or {variable('api_key')}")
+    elif up.token and up.token_is_new:
         _say_field("Token", f"{up.token}  (made now; printed later by: {token})")
     elif up.token:
         _say_field("Token", f"printed by: {token}")
@@ -288,7 +297,8 @@ def _say_what_is_there(up: Gateway, settings: Settings) -> None:
         where = shlex.quote(str(folder))
         say(f"There is no profile to run yet. Make one: {_program()} init --profiles {where}")
         return
-    header = f' -H "Authorization: Bearer $({token})"' if up.token else ""
+    shown = f"${variable('api_key')}" if settings.api_key else f"$({token})"
+    header = f' -H "Authorization: Bearer {shown}"' if up.token else ""
     body = json.dumps({"profileId": names[0], "prompt": "Hello"} | _usable_model(up, names[0]))
     address = shlex.quote(f"{up.url}/api/v1/run")
     say(f"Try it:\n  curl {address}{header} -H 'Content-Type: application/json' \\")
@@ -385,7 +395,8 @@ async def _some_gateway(settings: Settings) -> AsyncIterator[Client]:
     """Connect to the gateway that uses the data directory; if none does, be one for a while."""
     url = await _running(settings.data_path)
     if url is not None:
-        async with Client(url, datadir.read_token(settings.data_path)) as client:
+        token = settings.api_key or datadir.read_token(settings.data_path)
+        async with Client(url, token) as client:
             yield client
         return
     async with gateway(settings) as up, Client(up.url, up.token) as client:
@@ -486,11 +497,12 @@ def _follow_log(arguments: argparse.Namespace) -> int:
 
 
 async def _print_log(arguments: argparse.Namespace) -> int:
-    path = _settings(arguments).data_path
+    settings = _settings(arguments)
+    path = settings.data_path
     url = await _running(path)
     if url is None:
         raise BootError(f"No gateway is using {path}. Start one: {_program()} serve")
-    async with Client(url, datadir.read_token(path)) as client:
+    async with Client(url, settings.api_key or datadir.read_token(path)) as client:
         events = client.events(arguments.thread, arguments.since, agent_id=arguments.agent)
         async with contextlib.aclosing(events):
             async for event in events:

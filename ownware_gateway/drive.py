@@ -106,6 +106,7 @@ class Drive:
         self._facts = assignment.history[-1]
         let_go(self._history)
         self._restarted = assignment.restarted
+        self._options = assignment.options
         self._calls = Calls(parts, assignment, self._store)
         self._guard = Drives(assignment.run.id, assignment.run.generation)
         self._limits = Limits(
@@ -477,7 +478,7 @@ class Drive:
 
     def _request(self) -> Request:
         profile = self._profile
-        return Request(
+        request = Request(
             model=self._dispatch.name,
             messages=conversation(self._history),
             system=self._instructions(),
@@ -489,12 +490,15 @@ class Drive:
             max_tokens=profile.max_tokens,
             thinking=profile.thinking,
         )
+        return self._options.apply(request)
 
     def _instructions(self) -> str:
         """Return the system prompt, with what the model should know of servers that are away."""
         away = dict.fromkeys(self._calls.missing.values())
         missing = [f"[{why} Its tools cannot be used.]" for why in away]
-        return "\n\n".join(part for part in (self._profile.instructions, *missing) if part)
+        own = "" if self._options.bare else self._profile.instructions
+        parts = (own, self._options.instructions, *missing)
+        return "\n\n".join(part for part in parts if part)
 
     async def _keep(self, turn: Turn, answer: Answer) -> None:
         """Append that the answer is whole, and keep it exactly, before anything follows from it."""

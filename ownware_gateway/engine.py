@@ -16,14 +16,24 @@ from ownware_gateway.budgets import Budgets
 from ownware_gateway.calls import Above, Assignment, Parts
 from ownware_gateway.drive import Drive, fallback_of, finish
 from ownware_gateway.errors import GatewayError
-from ownware_gateway.events import AgentSpawn, Attachment, Fallback, RunCancel, UserMessage
+from ownware_gateway.events import (
+    AgentSpawn,
+    Attachment,
+    Event,
+    Fallback,
+    RunCancel,
+    UserMessage,
+)
+from ownware_gateway.history import Teller, told
 from ownware_gateway.log import (
     Append,
     Cancels,
     Drives,
     IdempotencyKey,
     KeptStart,
+    Log,
     NewRun,
+    Opening,
     Private,
     Refused,
     Run,
@@ -32,7 +42,15 @@ from ownware_gateway.log import (
     Thread,
     Tombstone,
 )
-from ownware_gateway.models import Dispatch, File
+from ownware_gateway.models import (
+    AS_THE_PROFILE_SAYS,
+    Dispatch,
+    File,
+    Message,
+    Options,
+    Request,
+    UserTurn,
+)
 from ownware_gateway.profile import Profile
 from ownware_gateway.profile.folder import Profiles
 from ownware_gateway.recent import Recent
@@ -71,6 +89,8 @@ class StartRun:
     """What somebody asks for: a profile's agent to answer a prompt.
 
     `skills` of the profile are in the system prompt from the start, by their names.
+    `options` go over what the profile says. With a `history`, which a client brings along, the
+    thread must not exist yet; so it must not when it `begins` under a name that the caller chose.
     """
 
     profile_id: str
@@ -80,6 +100,19 @@ class StartRun:
     files: Sequence[File] = ()
     key: IdempotencyKey | None = None
     skills: Sequence[str] = ()
+    options: Options = AS_THE_PROFILE_SAYS
+    history: Sequence[Message] = ()
+    begins: bool = False
+    hidden: bool = False
+
+    @property
+    def opens(self) -> bool:
+        """Whether the thread is made by this start and no other."""
+        return self.begins or self.hidden or bool(self.history)
+
+
+class Begun(Exception):
+    """The thread that was to begin exists: somebody else has begun it just now."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +146,7 @@ class _Fresh:
     profile: Profile
     dispatch: Dispatch
     facts: RunFacts
+    options: Options
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +180,8 @@ class Engine:
         """Start a run; return once its first event is durable.
 
         Raises GatewayError: `not_found` for an unknown profile, skill or thread, `unknown_model`,
-        `run_in_progress`, `budget_exceeded`, `overloaded`, `shutting_down`.
+        `run_in_progress`, `budget_exceeded`, `overloaded`, `shutting_down`, `invalid_request` for
+        options that the model cannot honour; and Begun.
         """
         if wanted.key is not None:
             # Before anything else: the answer to a request that was taken does not change.
@@ -163,6 +198,7 @@ class Engine:
     async def _start(self, wanted: StartRun) -> Started:
         profile = self._profiles.get(wanted.profile_id, wanted.skills)
         dispatch = await self._dispatch(profile, wanted)
+        _check_options(dispatch, wanted)
         await self.budgets.admit(profile)
         run_id = self._parts.new_id("run")
         stream = Stream(wanted.thread_id or self._parts.new_id("thread"))
@@ -183,14 +219,24 @@ class Engine:
             timeout_ms=profile.execution.timeout,
             title=" ".join(wanted.prompt.split())[:TITLE_CHARS_MAX],
         )
-        private = [
+        teller = Teller(profile.name, dispatch.id, message.timestamp, self._parts.new_id)
+        history, private = told(wanted.history, teller)
+        private += [
             Private("profile", profile.dump().encode()),
+            *(
+                [Private("options", wanted.options.dump())]
+                if wanted.options != AS_THE_PROFILE_SAYS
+                else []
+            ),
             *(Private("attachment", item.data, index) for index, item in enumerate(wanted.files)),
         ]
         fallback = fallback_of(profile, dispatch)
-        guard = Starts(row, wanted.key, fallback, goes_on=wanted.thread_id is not None)
+        opening = Opening(len(history), wanted.hidden) if wanted.opens else None
+        goes_on = wanted.thread_id is not None and opening is None
+        guard = Starts(row, wanted.key, fallback, goes_on, opening)
+        events: list[Event] = [*history, message]
         try:
-            run = await self._parts.log.begin(Append(stream, guard, [message], private))
+            run = await self._parts.log.begin(Append(stream, guard, events, private))
         except Refused as refused:
             match refused.winner:
                 case KeptStart() as kept if wanted.key is not None:
@@ -204,10 +250,12 @@ class Engine:
                         "question, or cancel it.",
                         runId=active,
                     ) from None
+                case _ if opening is not None:
+                    raise Begun from None
                 case _:
                     raise _no_thread(stream.thread_id) from None
         facts = RunFacts(message, run.start_seq + 1, files=wanted.files)
-        self._go(run_id, _Fresh(run, profile, dispatch, facts))
+        self._go(run_id, _Fresh(run, profile, dispatch, facts, wanted.options))
         return Started(run, fallback)
 
     async def _check_room(self) -> None:
@@ -237,7 +285,7 @@ class Engine:
         try:
             return self._parts.catalogue.resolve(profile.model)
         except GatewayError:
-            thread = await self._thread(wanted.thread_id)
+            thread = await self._thread(None if wanted.opens else wanted.thread_id)
             begun = thread is not None and thread.model is not None
             demo_began = begun and thread is not None and str(thread.model).startswith(DEMO_PREFIX)
             if not self._limits.stand_in or (begun and not demo_began):
@@ -331,9 +379,10 @@ class Engine:
         try:
             if fresh is not None:
                 profile = profile_now = fresh.profile
-                dispatch, facts = fresh.dispatch, fresh.facts
+                dispatch, facts, options = fresh.dispatch, fresh.facts, fresh.options
             else:
                 profile, profile_now, dispatch = await self._means(run)
+                options = await options_of(self._parts.log, run)
                 (facts,) = await load(self._parts.log, run.stream, after=run.start_seq)
             history = [*await self._recent.before(run.stream, run.start_seq), facts]
             slot.history = history
@@ -345,6 +394,7 @@ class Engine:
                 history=history,
                 family=self,
                 restarted=restarted,
+                options=options,
                 above=await self._above(run),
                 budgets=self.budgets,
             )
@@ -434,7 +484,8 @@ class Engine:
             # It has begun before, or its own run ends: either way its row says what is next.
             self._go(spawn.run_id)
             return
-        self._go(run.id, _Fresh(run, profile, dispatch, RunFacts(message, run.start_seq + 1)))
+        facts = RunFacts(message, run.start_seq + 1)
+        self._go(run.id, _Fresh(run, profile, dispatch, facts, AS_THE_PROFILE_SAYS))
 
     async def _agent_dispatch(self, profile: Profile, parent: Run) -> Dispatch:
         """Return the model that answers; the built-in one stands in only below itself."""
@@ -606,6 +657,31 @@ class Engine:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(REST_S):
                 await self._parts.log.rest()
+
+
+async def options_of(log: Log, run: Run) -> Options:
+    """Return what was asked for when a run was started."""
+    none = AS_THE_PROFILE_SAYS
+    for seq, _, body in await log.private(run.stream, "options", after=run.start_seq):
+        # What follows belongs to later runs.
+        return Options.restore(body) if seq == run.start_seq + 1 else none
+    return none
+
+
+def _check_options(dispatch: Dispatch, wanted: StartRun) -> None:
+    """Raise GatewayError for what was asked for and the model will not do."""
+    said = [*wanted.history, UserTurn(wanted.prompt, wanted.files)]
+    request = wanted.options.apply(Request(dispatch.name, said))
+    if wanted.options == AS_THE_PROFILE_SAYS and not wanted.history:
+        return  # The native door's files are shown as far as they can be.
+    if unable := dispatch.model.unable(request):
+        names = " and ".join(repr(name) for name in unable)
+        raise GatewayError(
+            "invalid_request",
+            f"The model {dispatch.id} cannot honour {names}; leave that out, or choose another "
+            "model.",
+            param=unable[0],
+        )
 
 
 def deleted(thread_id: str) -> GatewayError:

@@ -258,8 +258,8 @@ class ImagePart(Wire):
 
     kind: Literal["image"] = "image"
     mime_type: str
-    size_bytes: int
-    index: int
+    size_bytes: int = Field(ge=0)
+    index: int = Field(ge=0)
 
 
 class ResourcePart(Wire):
@@ -268,8 +268,8 @@ class ResourcePart(Wire):
     kind: Literal["resource"] = "resource"
     uri: str
     mime_type: str
-    size_bytes: int | None = None
-    index: int | None = Field(default=None, exclude_if=_absent)
+    size_bytes: int | None = Field(default=None, ge=0)
+    index: int | None = Field(default=None, ge=0, exclude_if=_absent)
 
 
 ContentPart = Annotated[ValuePart | ImagePart | ResourcePart, Field(discriminator="kind")]

@@ -58,10 +58,9 @@ SECRET_NAME: Final = re.compile(
 PIECE_CHARS: Final = 65_536
 
 #: How far around the place of a cut a secret is looked for that it would cut in two: more than the
-#: key block of any algorithm has. Then how far before and behind its own text one is recognised by.
+#: key block of any algorithm has. Then how far before its own text one is recognised by.
 REACH_CHARS: Final = 32_768
 _BEFORE_CHARS: Final = len("Authorization: Basic ")
-_BEHIND_CHARS: Final = 1
 _BEFORE: Final = re.compile(r"[\s\S]*(?:[Bb]earer |[Bb]asic |://)\Z")
 
 #: How much of what stands at an edge without a space may be a part of a secret.
@@ -132,7 +131,9 @@ class Masker:
             around = text[first : at + REACH_CHARS]
             # In their order: whoever is passed by then reaches no further than the place does.
             for found in sorted(self._found(around), key=lambda match: match.start()):
-                begin, end = found.start(), found.end() + _BEHIND_CHARS
+                begin, end = found.start(), found.end()
+                if found.re is LOGIN:
+                    end += len("@")
                 if _BEFORE.match(around, max(0, begin - _BEFORE_CHARS), begin):
                     begin -= _BEFORE_CHARS
                 if begin < at - first < end:
@@ -142,14 +143,13 @@ class Masker:
         return min(at, len(text))
 
     def _found(self, text: str) -> Iterator[re.Match[str]]:
-        # What was found is blanked, as `text` replaces it, before the next kind is looked for: a
-        # key right behind a known secret would not be seen to begin there.
+        """Yield what `text` replaces, in its order: one replacement can bare what is next to it."""
         if self._known is not None:
             yield from self._known.finditer(text)
-            text = self._known.sub(_blank, text)
+            text = self._known.sub(_filled, text)
         if "://" in text and "@" in text:
             yield from LOGIN.finditer(text)
-            text = LOGIN.sub(_blank, text)
+            text = LOGIN.sub(_filled, text)
         if _may_fit(text):
             yield from SHAPES.finditer(text)
 
@@ -171,8 +171,9 @@ class Masker:
                 return value
 
 
-def _blank(found: re.Match[str]) -> str:
-    return " " * len(found[0])
+def _filled(found: re.Match[str]) -> str:
+    """Return what is as long as a secret, and begins and ends as `MASK` does."""
+    return "]" * len(found[0])
 
 
 def _may_fit(text: str) -> bool:

@@ -107,6 +107,7 @@ class _Parts:
         self.images: list[File] = []
         self._masker = masker
         self._left_bytes = PARTS_BYTES_MAX
+        self._left_of_values = VALUE_BYTES_MAX
         self._too_many = 0
         self._too_big = 0
         self._no_image = 0
@@ -119,7 +120,7 @@ class _Parts:
         if self._too_big:
             notes.append(
                 f"[parts left out: {self._too_big}; {PART_BYTES_MAX} bytes are the most, "
-                f"{PARTS_BYTES_MAX} together, {VALUE_BYTES_MAX} of a JSON value]"
+                f"{PARTS_BYTES_MAX} together, {VALUE_BYTES_MAX} of JSON values]"
             )
         if self._no_image:
             notes.append(
@@ -142,9 +143,11 @@ class _Parts:
                 await self._resource(part)
 
     def _value(self, value: Any) -> None:
-        if not _fits(value):
+        length = _length(value)
+        if length is None or length > self._left_of_values:
             self._too_big += 1
             return
+        self._left_of_values -= length
         self.content.append(ValuePart(value=self._masker.value(value)))
 
     def _image(self, image: Image) -> None:
@@ -195,11 +198,13 @@ def type_of(said: str) -> str:
     return kind if _TYPE.fullmatch(kind) else UNKNOWN_TYPE
 
 
-def _fits(value: Any) -> bool:
-    """Whether a value is one of JSON, and neither too long nor too deep to stand in an event."""
+def _length(value: Any) -> int | None:
+    """Return how long a value is as JSON; None where it is none, or too deep for an event."""
     level, depth = [value], 0
-    while level and depth <= VALUE_DEPTH_MAX:
+    while level:
         depth += 1
+        if depth > VALUE_DEPTH_MAX:
+            return None
         level = [
             item
             for outer in level
@@ -207,7 +212,7 @@ def _fits(value: Any) -> bool:
             for item in (outer.values() if isinstance(outer, dict) else outer)
         ]
     try:
-        return depth <= VALUE_DEPTH_MAX and len(json.dumps(value)) <= VALUE_BYTES_MAX
+        return len(json.dumps(value))
     except (TypeError, ValueError):
         # A tool of somebody's own may take anything for a JSON value.
-        return False
+        return None

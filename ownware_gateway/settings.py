@@ -17,6 +17,7 @@ from ownware_gateway.errors import BootError
 
 TRUE: Final = frozenset({"1", "true", "yes", "on"})
 FALSE: Final = frozenset({"", "0", "false", "no", "off"})
+DISCONNECTS: Final = ("cancel", "keep")
 LOG_LEVELS: Final = ("debug", "info", "warning", "error")
 
 
@@ -60,6 +61,14 @@ class Settings:
     )
     model_silence_s: float = _setting(
         60.0, "How long a model may send nothing before it is given up."
+    )
+    embedding_model: str = _setting("", "The model of embeddings where a request names none.")
+    api_key: str = _setting("", "The token, instead of one that is made.", secret=True)
+    disconnect: str = _setting(
+        "cancel", "What becomes of a run without a conversation that nobody reads: cancel or keep."
+    )
+    helper_prompts: bool = _setting(
+        True, "Answer chat UIs' helper prompts with the profile's small model."
     )
     openai_base_url: str = _setting(
         "", "Another address for openai: models.", env="OPENAI_BASE_URL"
@@ -115,7 +124,7 @@ class Settings:
         return frozenset(
             value
             for item in fields(self)
-            if item.name.endswith("_api_key") and (value := getattr(self, item.name))
+            if item.name.endswith("api_key") and (value := getattr(self, item.name))
         )
 
     @property
@@ -199,6 +208,8 @@ def _parse(name: str, default: Any, text: str) -> Any:
 def _check(settings: Settings) -> None:
     if not 0 <= settings.port <= 65535:
         raise BootError(f"The port is {settings.port}; it must be from 0 to 65535.")
+    if settings.disconnect not in DISCONNECTS:
+        raise BootError(f"{variable('disconnect')} must be one of: {', '.join(DISCONNECTS)}.")
     if settings.log_level not in LOG_LEVELS:
         levels = ", ".join(LOG_LEVELS)
         raise BootError(f"The log level is {settings.log_level!r}; it must be one of: {levels}.")

@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 KEEP_ALIVE: Final = b": keep-alive\n\n"
 
@@ -20,6 +20,22 @@ _RETRY_DIGITS_MAX: Final = 9
 def frame(event_id: str, event_type: str, data: bytes) -> bytes:
     r"""Return one log event as a frame; `data` is one line of JSON, the frame ends with `\n\n`."""
     return b"id: %b\nevent: %b\ndata: %b\n\n" % (event_id.encode(), event_type.encode(), data)
+
+
+class Sent(NamedTuple):
+    """One log event as `frame` wrote it; `id` and `data` are as they went in."""
+
+    id: bytes
+    type: bytes
+    data: bytes
+
+
+def split(frames: bytes) -> Iterator[Sent]:
+    """Yield the log events of frames that `frame` wrote, for whoever has them in another form."""
+    for block in frames.split(b"\n\n")[:-1]:
+        event_id, event_type, data = block.split(b"\n", 2)
+        # Behind `id: `, `event: ` and `data: `.
+        yield Sent(event_id[4:], event_type[7:], data[6:])
 
 
 def envelope(event_type: str, fields: dict[str, Any], *, retry_ms: int | None = None) -> bytes:

@@ -12,9 +12,9 @@ import re
 import socket
 import struct
 import termios
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, TypeVar
 
 from aiohttp import web
 
@@ -51,6 +51,8 @@ SHUTDOWN_RETRY_MS: Final = 2_000
 CURSOR_MAX: Final = 2**63 - 1
 
 ShutdownReason = Literal["gateway_shutdown", "slow_consumer", "overloaded", "rate_limited"]
+
+T = TypeVar("T")
 
 _DONE: Final = sse.envelope("done", {"status": "complete"})
 
@@ -190,9 +192,7 @@ class Streamer:
     async def respond(self, request: web.Request, plan: Plan) -> web.StreamResponse:
         """Stream to the client until the plan, the client or the gateway ends it."""
         client = await _open(request, self._stall_s)
-        self._clients.add(client)
-        if self._looking is None:
-            self._look()
+        self._attend(client)
         try:
             await client.send(_opening(plan))
             await self._send_all(client, plan)
@@ -209,6 +209,64 @@ class Streamer:
         finally:
             self._clients.discard(client)
         return client.response
+
+    @property
+    def leaving(self) -> bool:
+        """Whether the gateway is shutting down."""
+        return self._leaving()
+
+    def follow(
+        self, stream: Stream, after: int
+    ) -> AsyncGenerator[Chunk | CaughtUp | Silence, None]:
+        """Follow the log until the gateway leaves, for a door with frames of its own."""
+        return follow(self._log, stream, after, leaving=self._leaving, silence_s=self._keep_alive_s)
+
+    async def relay(
+        self, request: web.Request, pieces: AsyncGenerator[bytes, None], headers: dict[str, str]
+    ) -> tuple[web.StreamResponse, bool]:
+        """Send what comes as an event stream; return the response, and whether all was taken.
+
+        A client that is slow, stalls or leaves costs nobody else anything. `pieces` is closed at
+        the end; one that raises ConnectionError has the connection cut, so that nobody takes what
+        was sent for all there is.
+        """
+        client = await _open(request, self._stall_s, headers)
+        self._attend(client)
+        try:
+            async with contextlib.aclosing(pieces):
+                async for piece in pieces:
+                    await client.send(piece)
+            await client.response.write_eof()
+        except (Slow, ConnectionError):
+            if request.transport is not None:
+                request.transport.abort()
+            return client.response, False
+        except asyncio.CancelledError:
+            if not client.missed():
+                raise
+            return client.response, False
+        finally:
+            self._clients.discard(client)
+        return client.response, True
+
+    async def while_there(self, request: web.Request, work: Awaitable[T]) -> T:
+        """Do what a client waits for; raises ConnectionResetError once it has left."""
+        client = Client(request, web.StreamResponse(), self._stall_s)
+        self._attend(client)
+        try:
+            return await work
+        except asyncio.CancelledError:
+            if not client.missed():
+                raise
+            raise ConnectionResetError from None
+        finally:
+            self._clients.discard(client)
+
+    def _attend(self, client: "Client") -> None:
+        """Look from here on whether the client has left."""
+        self._clients.add(client)
+        if self._looking is None:
+            self._look()
 
     def _look(self) -> None:
         """End the streams of those who have left: an idle one would learn it at its next word."""
@@ -372,9 +430,12 @@ class Client:
             asyncio.get_running_loop().call_later(LINGER_S, self._transport.abort)
 
 
-async def _open(request: web.Request, stall_s: float) -> Client:
+async def _open(
+    request: web.Request, stall_s: float, headers: dict[str, str] | None = None
+) -> Client:
     response = web.StreamResponse(
         headers={
+            **(headers or {}),
             "Content-Type": "text/event-stream",
             "Cache-Control": "no-cache, no-transform",
             "X-Accel-Buffering": "no",

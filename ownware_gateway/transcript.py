@@ -182,7 +182,7 @@ class RunFacts:
     error: Error | None = None
     end: SessionEnd | None = None
     #: What other agents, which work for this one, have asked people and may do since, as `grants`.
-    asked_below: dict[str, PermissionRequest] = field(default_factory=dict)
+    asked_below: dict[str, Asks] = field(default_factory=dict)
     granted_below: set[str] = field(default_factory=set)
     #: What is left out of prompts since then, in the order in which that was decided.
     reliefs: list[CompactionEnd | ToolResultDrop] = field(default_factory=list)
@@ -258,8 +258,12 @@ class RunFacts:
             call.images for turn in self.turns for call in turn.calls.values()
         )
 
+    def open_question(self) -> Asks | None:
+        """Return what a person is asked now, by the run's own agent or by one that works for it."""
+        return self.question() or next(iter(self.asked_below.values()), None)
+
     def question(self) -> Asks | None:
-        """Return the question to a person that has no answer yet."""
+        """Return the run's own question to a person that has no answer yet."""
         if self.turn is None:
             return None
         return next(
@@ -301,14 +305,14 @@ class RunFacts:
 def _apply_from_below(run: RunFacts, event: Asks | Answers) -> None:
     """Take what another agent has asked a person; its calls are told of in its own stream."""
     match event:
-        case PermissionRequest():
+        case PermissionRequest() | QuestionRequest():
             run.asked_below[event.request_id] = event
-        case PermissionResponse():
+        case PermissionResponse() | QuestionResponse():
             asked = run.asked_below.pop(event.request_id, None)
-            if asked is not None and event.granted and event.always:
+            if not isinstance(asked, PermissionRequest):
+                return  # An answer in words allows nothing.
+            if isinstance(event, PermissionResponse) and event.granted and event.always:
                 run.granted_below |= {grant(asked.tool_name, asked.rule), asked.operation_hash}
-        case _:
-            pass  # An answer in words allows nothing.
 
 
 def _next_turn(before: Turn | None, event: TurnStart, seq: int) -> Turn:

@@ -113,6 +113,7 @@ class Provider:
                 web.post("/v1/chat/completions", self._chat),
                 web.post("/v1/responses", self._responses),
                 web.post("/v1/messages", self._messages),
+                web.post("/v1/embeddings", self._embeddings),
                 web.get("/v1/models", self._models),
                 web.get("/api/tags", self._tags),
             ]
@@ -168,6 +169,18 @@ class Provider:
     async def _messages(self, request: web.Request) -> web.StreamResponse:
         reply, asked = await self._take(request)
         return await self._answer(request, reply, anthropic_deltas(reply, asked.body["model"]))
+
+    async def _embeddings(self, request: web.Request) -> web.Response:
+        """Return for each text its length, and a half."""
+        reply, asked = await self._take(request)
+        if reply.status != 200:
+            return web.json_response({"error": _error(reply)}, status=reply.status)
+        data = [
+            {"object": "embedding", "index": index, "embedding": [float(len(text)), 0.5]}
+            for index, text in enumerate(asked.body["input"])
+        ]
+        usage = {"prompt_tokens": 7, "total_tokens": 7}
+        return web.json_response({"object": "list", "data": data, "usage": usage})
 
     async def _models(self, request: web.Request) -> web.Response:
         models = [{"id": name, "object": "model", "type": "model"} for name in self.models]
@@ -437,6 +450,7 @@ def _error(reply: Reply) -> dict[str, Any]:
 def _echo(body: dict[str, Any]) -> Reply:
     """Return what the user said last, in pieces that begin with their space."""
     turns = body["input"] if "input" in body else body["messages"]
+    turns = [turn for turn in turns if isinstance(turn, dict)]
     said = [turn["content"] for turn in turns if turn.get("role") == "user"]
     last = said[-1] if said else ""
     if not isinstance(last, str):

@@ -932,7 +932,8 @@ async def test_a_run_that_must_be_over_by_the_clock_ends_then_though_its_agents_
     run = await start_run(http, up.url, "go")
     of = await all_events(http, up, run)
     begun = only(of["root"], "agent.spawn")
-    assert only(of["root"], "permission.request")["expiresAt"] == begun["endsAt"]
+    late_ms = only(of["root"], "permission.request")["expiresAt"] - begun["endsAt"]
+    assert 0 <= late_ms < 5_000, "but for the moment that it took to begin the agent's run"
     assert {only(said, "session.end")["reason"] for said in of.values()} == {"budget_exceeded"}
 
 

@@ -406,7 +406,8 @@ async def test_a_listed_or_loopback_page_may_change_things_and_read_the_answer(
     assert response.status == 200
     assert response.headers["Access-Control-Allow-Origin"] == origin
     assert response.headers["Access-Control-Expose-Headers"] == (
-        "X-Ownware-Correlation-Id, Location, Idempotency-Replayed, Retry-After"
+        "X-Ownware-Correlation-Id, Location, Idempotency-Replayed, Retry-After, X-Run-Id, "
+        "X-Conversation-Id"
     )
     assert "Access-Control-Allow-Credentials" not in response.headers
 
@@ -456,7 +457,8 @@ async def test_a_preflight_needs_no_token_and_says_what_is_allowed(start: Start)
     assert response.status == 204
     assert response.headers["Access-Control-Allow-Origin"] == "https://app.example.com"
     assert response.headers["Access-Control-Allow-Headers"] == (
-        "Authorization, Content-Type, Idempotency-Key, Last-Event-ID, X-API-Key"
+        "Authorization, Content-Type, Idempotency-Key, Last-Event-ID, X-API-Key, "
+        "X-Conversation-Id, X-OpenWebUI-Chat-Id"
     )
     assert {"GET", "POST", "PATCH", "DELETE"} <= set(
         response.headers["Access-Control-Allow-Methods"].split(", ")

@@ -153,6 +153,27 @@ async def test_the_token_is_printed_once_and_later_by_its_command(here: Path) ->
     assert await ownware("token", "--data-dir", "data") == (0, f"{token}\n", "")
 
 
+async def test_a_key_of_ones_own_is_the_token_and_is_not_printed(
+    here: Path, http: aiohttp.ClientSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_profile(here / "profiles", "helper")
+    key = "own-" + "k" * 12
+    folder = ("--data-dir", "data")
+    async with serving(*folder, "--api-key", key) as serve:
+        await serve.until("Models")
+        assert key not in "\n".join(serve.lines)
+        assert any("$OWNWARE_API_KEY" in line for line in serve.lines)
+        async with http.get(f"{serve.url}/v1/models") as response:
+            assert response.status == 401
+        http.headers["Authorization"] = f"Bearer {key}"
+        async with http.get(f"{serve.url}/v1/models/helper") as response:
+            assert response.status == 200
+        monkeypatch.setenv("OWNWARE_API_KEY", key)
+        code, _, err = await ownware("run", "helper", "hello", *folder)
+        assert code == 0, err
+    assert await ownware("token", *folder) == (0, f"{key}\n", "")
+
+
 async def test_without_a_profile_it_says_what_to_do(here: Path) -> None:
     async with serving("--data-dir", "data") as serve:
         await serve.until("Models")

@@ -202,7 +202,7 @@ async def test_a_result_that_is_larger_than_the_window_is_cut(
     assert len(of(events, "tool.call.end")[0]["result"]) > WINDOW
 
 
-async def test_the_small_model_writes_the_summary_and_what_it_costs_is_the_run_s(
+async def test_the_small_fast_model_writes_the_summary_and_what_it_costs_is_the_run_s(
     start: StartGateway, small: Windowed, http: Http, make_profile: MakeProfile
 ) -> None:
     make_profile(

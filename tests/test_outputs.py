@@ -14,11 +14,13 @@ import pytest
 
 from ownware_gateway import tools as limits
 from ownware_gateway.app import Gateway
+from ownware_gateway.client import Client
 from ownware_gateway.events import ImagePart, ResourcePart, ToolCallEnd, ValuePart
 from ownware_gateway.images import IMAGE_BYTES_MAX
 from ownware_gateway.log import Retention
 from ownware_gateway.masking import MASK, Masker
 from ownware_gateway.outputs import Settled, settle
+from ownware_gateway.terminal import Terminal
 from ownware_gateway.tools import Image, Output, Part, Resource, Value, clip
 from ownware_gateway.transcript import IMAGES_BYTES_MAX, IMAGES_GONE, IMAGES_MAX, IMAGES_STEP
 from tests.gateway import Gateways, get_json, post_json, run_events, start_run
@@ -268,6 +270,8 @@ async def test_what_is_no_image_for_a_model_is_kept_for_people() -> None:
 async def test_parts_beyond_a_limit_are_left_out_and_that_is_said(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    half = Value("x" * (limits.VALUE_BYTES_MAX // 2))
+    assert len((await settled(half, half)).content or ()) == 1
     found = await settled(*[Value(1)] * (limits.PARTS_MAX + 3))
     assert len(found.content or ()) == limits.PARTS_MAX
     assert found.text == "text\n[parts left out: 3; 16 are the most]"
@@ -486,6 +490,42 @@ async def test_a_server_gives_parts_and_a_client_fetches_them(
     # What the protocol lets a server say in one message is kept whole.
     assert huge["outputBytesKept"] == huge["outputBytesRaw"] == 6_000_000
     assert page["result"] == "xx"
+
+
+async def test_the_terminal_says_what_a_tool_gave_back(
+    start_gateway: Gateways,
+    http: Http,
+    provider: Provider,
+    make_profile: MakeProfile,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    make_profile("assistant", tools={"preset": "none", "mcp": {"t": local()}}, security=AUTO)
+    up = await start_gateway()
+    started, _ = await run(http, up, provider, Call("t__album", {}))
+    async with Client(up.url) as client:
+        assert await Terminal(client, started, yes=False).follow() == 0
+    assert (
+        "> t__album gave back a value, image/png of 67 bytes, audio/wav of 4 bytes, text/html of "
+        "9 bytes, application/zip of 2 bytes, application/octet-stream of 9 bytes\n"
+    ) in capsys.readouterr().err
+
+
+async def test_what_is_called_directly_is_masked_before_it_is_cut(
+    start_gateway: Gateways, http: Http, tmp_path: Path
+) -> None:
+    servers = tmp_path / "servers.json"
+    servers.write_text(json.dumps({"mcpServers": {"t": local()}}))
+    up = await start_gateway(mcp_config=str(servers))
+    text = "-" * (limits.OUTPUT_LIMIT_BYTES - 20) + f" {KEY} " + "-" * 200
+    # Not as an argument: what looks like a key may not be one.
+    (up.workspace / "a.txt").write_text(text)
+    path = "/mcp/proxy/t/tools/cat"
+    status, said = await post_json(
+        http, up.url, path, {"arguments": {"path": str(up.workspace / "a.txt")}}
+    )
+    assert status == 200, said
+    assert "sk-" not in json.dumps(said)
+    assert MASK in json.dumps(said)
 
 
 def test_content_is_absent_where_there_is_only_text() -> None:

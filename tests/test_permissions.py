@@ -102,7 +102,7 @@ def test_always_does_not_outlive_a_profile_that_has_become_strict() -> None:
         pytest.param({"preset": "none", "allow": ["grep"]}, {"grep"}, id="added"),
         pytest.param(
             {"preset": "readonly", "deny": ["grep", "glob"]},
-            {"read_file", "list_files", "web_search", "todo_write", "ask_user"},
+            {"read_file", "list_files", "read_output", "web_search", "todo_write", "ask_user"},
             id="taken away",
         ),
         pytest.param(

@@ -225,7 +225,8 @@ async def test_what_is_too_long_is_cut_and_says_so(
     assert "\N{SNOWMAN}\n[cut: " in text
     assert text.count(f"{'n' * 200}.txt\n") >= 30
     assert len(other.encode()) <= OUTPUT_LIMIT_BYTES
-    assert other.endswith("y\n[cut: this is all that can be shown of the file]")
+    assert f"y\n[cut: {OUTPUT_LIMIT_BYTES + 1} bytes in all" in other
+    assert "[read_output with tool_call_id" in other
 
 
 async def test_rules_and_modes_hold_for_load_skill(

@@ -137,6 +137,7 @@ class Thread(NamedTuple):
     history_to: int
     forked_from: str | None
     active_run_id: str | None
+    hidden: bool = False
 
 
 class Permission(NamedTuple):
@@ -202,17 +203,29 @@ class KeptStart(NamedTuple):
     fallback: Fallback | None
 
 
+class Opening(NamedTuple):
+    """How a thread begins: `history` is how many of the append's first events are no run's.
+
+    They are there to be read, and are never driven. A `hidden` thread is left out of lists.
+    """
+
+    history: int = 0
+    hidden: bool = False
+
+
 class Starts(NamedTuple):
     """Guard: the stream has no unfinished run, the thread was never deleted, the key is new.
 
-    The append makes the run's row, and the thread's unless it `goes_on`: then it must exist. For an
-    agent's run: it has never begun, and the run whose agent it is goes on and is not to stop.
+    The append makes the run's row, and the thread's unless it `goes_on`: then it must exist. With
+    an `opening` it must not. For an agent's run: it has never begun, and the run whose agent it is
+    goes on and is not to stop.
     """
 
     run: NewRun
     key: IdempotencyKey | None = None
     fallback: Fallback | None = None
     goes_on: bool = False
+    opening: Opening | None = None
 
 
 class Drives(NamedTuple):
@@ -247,15 +260,19 @@ Guard = Starts | Drives | Decides | Cancels
 
 @dataclass(frozen=True, slots=True)
 class Private:
-    """What is kept beside an event: the last one of its append.
+    """What is kept beside an event of its append, the last one by default.
 
-    Nobody sees a `profile`, a `message`, an `attachment` or a `summary`. What a tool gave back, its
-    whole `output`, an `image` or another `resource`, can be fetched by whoever may read the event.
+    Nobody sees a `profile`, `options`, a `message`, an `attachment` or a `summary`. What a tool
+    gave back, its whole `output`, an `image` or another `resource`, can be fetched by whoever may
+    read the event.
     """
 
-    kind: Literal["profile", "message", "attachment", "summary", "output", "image", "resource"]
+    kind: Literal[
+        "profile", "options", "message", "attachment", "summary", "output", "image", "resource"
+    ]
     body: bytes
     index: int = 0
+    place: int = -1
 
 
 class Spent(NamedTuple):
@@ -507,11 +524,12 @@ class RunQuery(NamedTuple):
 
 
 class ThreadQuery(NamedTuple):
-    """Which threads: of a profile, changed before a position."""
+    """Which threads: of a profile, changed before a position, with the hidden ones if so."""
 
     profile_id: str | None = None
     before: str | None = None
     limit: int = 50
+    hidden: bool = False
 
 
 class Retention(NamedTuple):

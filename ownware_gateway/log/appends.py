@@ -64,9 +64,13 @@ class Appending:
         self._spent = append.spent
         self._types = [event.type for event in append.events]
         self._payloads = [event.encode() for event in append.events]
-        #: Those that rows are about, by their place.
+        opening = append.guard.opening if isinstance(append.guard, Starts) else None
+        own = opening.history if opening is not None else 0
+        #: Those that rows are about, by their place; what is history changes none.
         self._facts = [
-            (place, event) for place, event in enumerate(append.events) if event.type not in DELTAS
+            (place, event)
+            for place, event in enumerate(append.events)
+            if place >= own and event.type not in DELTAS
         ]
         self.size_bytes = sum(map(len, self._payloads))
         for fact in append.private:
@@ -88,9 +92,9 @@ class Appending:
         records = numbered(head, self._types, self._payloads)
         connection.store(key, records)
         self.appended.append((self._stream, records))
-        last = records[-1].seq
         for fact in self._private:
-            connection.run("add_private", key, last, f"{fact.kind}.{fact.index:02d}", fact.body)
+            seq = records[fact.place].seq
+            connection.run("add_private", key, seq, f"{fact.kind}.{fact.index:02d}", fact.body)
         if self._active_ms is not None:
             self._add_spent(connection, run_id, now)
             connection.run("run_active_ms", self._active_ms, run_id)
@@ -203,6 +207,8 @@ def _start(connection: GroupConnection, stream: Stream, guard: Starts, now: int)
         _check_parent(connection, guard.run.id, guard.run.parent_run_id)
     if guard.goes_on and not _is_thread(connection, stream.thread_id):
         raise Refused(None)
+    if guard.opening is not None and _is_thread(connection, stream.thread_id):
+        raise Refused(None)
     run = guard.run
     if run.parent_run_id is None:
         # A thread says of itself what its own agent is, and not what this one calls in.
@@ -216,6 +222,9 @@ def _start(connection: GroupConnection, stream: Stream, guard: Starts, now: int)
         )
     connection.run("add_stream", stream.agent_id, stream.thread_id)
     _, head = connection.find_stream(stream)
+    if (opening := guard.opening) is not None:
+        head = opening.history
+        connection.run("open_thread", id=stream.thread_id, history_to=head, hidden=opening.hidden)
     connection.run(
         "add_run",
         id=run.id,

@@ -451,11 +451,13 @@ class SqliteLog:
     async def thread(self, thread_id: str) -> Thread | None:
         """Return a thread."""
         rows = await self._rows(_SQL["thread_columns"] + " WHERE threads.id = ?", (thread_id,))
-        return Thread(*rows[0][:9]) if rows else None
+        return _thread_of(rows[0]) if rows else None
 
     async def threads(self, query: ThreadQuery) -> list[tuple[str, Thread]]:
         """Return (position, thread), most recently changed first."""
         where: list[str] = ["threads.id NOT LIKE '~%'"]
+        if not query.hidden:
+            where.append("threads.hidden = 0")
         values: list[str] = []
         if query.profile_id is not None:
             where.append("threads.profile_id = ?")
@@ -468,7 +470,7 @@ class SqliteLog:
             " ORDER BY threads.updated_at DESC, threads.key DESC LIMIT ?"
         )
         rows = await self._rows(sql, (*values, query.limit))
-        return [(f"{row[5]}.{row[9]}", Thread(*row[:9])) for row in rows]
+        return [(f"{row[5]}.{row[10]}", _thread_of(row)) for row in rows]
 
     async def agents(self, thread_id: str) -> list[tuple[str, int]]:
         """Return (agent id, last seq) of the thread's streams."""
@@ -515,3 +517,9 @@ class SqliteLog:
             await reader.close()
         self._readers.clear()
         await self._writer.close()
+
+
+def _thread_of(row: Sequence[Any]) -> Thread:
+    """Return the thread in a row of `thread_columns`."""
+    *fields, hidden = row[:10]
+    return Thread._make([*fields, bool(hidden)])

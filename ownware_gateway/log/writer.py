@@ -194,11 +194,14 @@ class Writer:
             await self.connection.execute_fetchall("PRAGMA wal_checkpoint(TRUNCATE)")
             backup = self._path.with_suffix(f".v{current}.backup")
             await asyncio.to_thread(shutil.copy2, self._path, backup)
-        for version, script in versions:
-            if version > current:
-                await self.connection.executescript(
-                    f"BEGIN IMMEDIATE;\n{script}\nPRAGMA user_version={version};\nCOMMIT;"
-                )
+        steps = [step for step in versions if step[0] > current]
+        if current == 0:
+            # Of a new file nothing is kept halfway; each commit would wait for the disk.
+            steps = [(newest, "\n".join(script for _, script in versions))]
+        for version, script in steps:
+            await self.connection.executescript(
+                f"BEGIN IMMEDIATE;\n{script}\nPRAGMA user_version={version};\nCOMMIT;"
+            )
         return bool(current == 0)
 
     async def _identify(self) -> None:

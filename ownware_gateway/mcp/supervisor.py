@@ -11,7 +11,7 @@ from ownware_gateway.mcp.keeper import Given, Keeper
 from ownware_gateway.profile import Profile
 from ownware_gateway.profile.gateway import used
 from ownware_gateway.profile.servers import McpServer
-from ownware_gateway.tools import Context, Output, Tool, ToolFailed
+from ownware_gateway.tools import OUTPUT_LIMIT_BYTES, Context, Output, Tool, ToolFailed
 
 #: Servers that callers may have added at a time.
 ADDED_MAX: Final = 64
@@ -237,7 +237,12 @@ class Supervisor:
             output = await keeper.call(offered.wire_name, Context(self._given.folder), arguments)
         except ToolFailed as error:
             return Called(error=self._given.masker.text(str(error)))
-        text = self._given.masker.text(output.text)
+        mask, whole = self._given.masker.text, output.whole
+        if whole is None:
+            text = mask(output.text)
+        else:
+            # Masked before it is cut, and no more of it than may matter there.
+            text = whole.told(mask(whole.text[: 2 * OUTPUT_LIMIT_BYTES]))
         return Called(Output(text, output.truncated, output.bytes_raw, output.is_error))
 
     async def _started(self, name: str, settings: McpServer, source: Source) -> ServerStatus:

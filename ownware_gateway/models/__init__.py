@@ -6,11 +6,15 @@ The last part of a stream is always an `Answer`; a stream that ends without one 
 adapter raises `ModelError` for it.
 """
 
-from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field
+import json
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, Literal, NamedTuple, Protocol
 
 from ownware_gateway.events import StopReason, Usage
+
+#: How much a model may reason before it answers.
+ThinkingLevel = Literal["off", "low", "medium", "high"]
 
 #: What may be tried again: the engine says so with a `recovery` event of this reason.
 RetryReason = Literal["rate_limit", "provider_error", "connection"]
@@ -94,7 +98,9 @@ class Request:
 
     `messages` alternate as every provider wants it: each `AssistantTurn` with tool calls is
     followed by one `ToolTurn` for each call, in their order. `thinking` is how much the model may
-    reason before it answers: None leaves the provider's default.
+    reason before it answers: None leaves the provider's default. `response_format` is OpenAI's
+    `{"type": "json_object"}` or `{"type": "json_schema", "json_schema": …}`; `user` names to the
+    provider who is behind the request.
     """
 
     model: str
@@ -103,7 +109,66 @@ class Request:
     tools: Sequence[ToolSpec] = ()
     temperature: float | None = None
     max_tokens: int | None = None
-    thinking: Literal["off", "low", "medium", "high"] | None = None
+    thinking: ThinkingLevel | None = None
+    top_p: float | None = None
+    stop: Sequence[str] = ()
+    seed: int | None = None
+    response_format: Mapping[str, Any] | None = None
+    user: str | None = None
+
+
+#: The options that are fields of a request as well.
+_ASKED: Final = (
+    *("temperature", "top_p", "max_tokens", "seed", "response_format", "thinking", "user"),
+)
+
+
+class Options(NamedTuple):
+    """What a caller asks of one run, over what its profile says; kept with the run.
+
+    `instructions` come after the profile's own. A `bare` run has neither tools nor the profile's
+    instructions. `metadata` is for the caller, and `door` for the door that started the run, to be
+    found again; neither goes to a model.
+    """
+
+    temperature: float | None = None
+    top_p: float | None = None
+    max_tokens: int | None = None
+    stop: Sequence[str] = ()
+    seed: int | None = None
+    response_format: Mapping[str, Any] | None = None
+    thinking: ThinkingLevel | None = None
+    user: str | None = None
+    metadata: Mapping[str, str] | None = None
+    instructions: str = ""
+    bare: bool = False
+    door: Mapping[str, Any] | None = None
+
+    def apply(self, request: Request) -> Request:
+        """Return the request with what is asked for here in place of what it says."""
+        asked = {name: value for name in _ASKED if (value := getattr(self, name)) is not None}
+        if self.stop:
+            asked["stop"] = tuple(self.stop)
+        return replace(request, **asked) if asked else request
+
+    def dump(self) -> bytes:
+        """Return it as JSON, without what was not asked for."""
+        asked = {
+            name: value
+            for name, value in self._asdict().items()
+            if value != Options._field_defaults[name]
+        }
+        return json.dumps(asked).encode()
+
+    @staticmethod
+    def restore(body: bytes) -> "Options":
+        """Return the options that `dump` wrote; those of a newer gateway are left out."""
+        known = json.loads(body).items()
+        return Options(**{name: value for name, value in known if name in Options._fields})
+
+
+#: Nothing is asked for but what the profile says.
+AS_THE_PROFILE_SAYS: Final = Options()
 
 
 class Text(NamedTuple):
@@ -151,6 +216,14 @@ class Model(Protocol):
         The request is on its way when the first batch is asked for. Closing the iterator (or
         cancelling the task that reads it) cuts the upstream connection at once.
         Raises ModelError when the provider refuses, fails, or falls silent for too long.
+        """
+        ...
+
+    def unable(self, request: Request) -> Sequence[str]:
+        """Return what of a request's options and files this model is certain not to honour.
+
+        By the names that OpenAI has for them, such as `seed` or `input_audio`; what a provider may
+        yet refuse is not among them.
         """
         ...
 
@@ -211,8 +284,26 @@ class Dispatch:
     fallback_reason: str | None = None
 
 
+class Embedded(NamedTuple):
+    """Texts as vectors, in their order, and how many tokens they were; `model` is who made them."""
+
+    model: str
+    vectors: Sequence[Sequence[float]]
+    tokens: int
+
+
 class Catalogue(Protocol):
     """All models that this gateway can reach."""
+
+    async def embed(
+        self, model_id: str, texts: Sequence[Any], dimensions: int | None = None
+    ) -> Embedded:
+        """Return the texts, or lists of their tokens, as vectors of an embedding model.
+
+        An empty `model_id` is the one of the settings. Raises GatewayError `unknown_model`, and
+        ModelError when the provider refuses or fails.
+        """
+        ...
 
     async def usable(self) -> Sequence[str]:
         """Return the ids of some models that can be used now, for a person to choose from.

@@ -117,6 +117,22 @@ class Anthropic:
                     return
         raise ModelError(f"{self.provider} cut its answer off.", retry="connection")
 
+    def unable(self, request: Request) -> Sequence[str]:
+        """Return what this model cannot honour; see `Model.unable`."""
+        thinks = request.thinking not in (None, "off")
+        sampled = _SAMPLED.match(request.model) is not None and not thinks
+        heat, form = request.temperature, request.response_format
+        files = [file for turn in request.messages for file in getattr(turn, "files", ())]
+        asked = {
+            "temperature": heat is not None and (not sampled or heat > TEMPERATURE_MAX),
+            "top_p": request.top_p is not None and not sampled,
+            "seed": request.seed is not None,
+            # It takes a schema and no free JSON.
+            "response_format": form is not None and form["type"] != "json_schema",
+            "input_audio": any(file.mime_type.startswith("audio/") for file in files),
+        }
+        return [name for name, wanted in asked.items() if wanted]
+
 
 class _Incoming:
     """An answer while it comes in: the blocks so far, by their index."""
@@ -274,6 +290,16 @@ def _body(request: Request) -> dict[str, Any]:
     thinks = request.thinking not in (None, "off")
     if request.temperature is not None and not thinks and _SAMPLED.match(request.model):
         body["temperature"] = min(request.temperature, TEMPERATURE_MAX)
+    if request.top_p is not None:
+        body["top_p"] = request.top_p
+    if request.stop:
+        body["stop_sequences"] = list(request.stop)
+    if request.user is not None:
+        body["metadata"] = {"user_id": request.user}
+    if request.response_format is not None:
+        schema = request.response_format["json_schema"].get("schema", {})
+        form = {"format": {"type": "json_schema", "schema": schema}}
+        body["output_config"] = body.get("output_config", {}) | form
     return body
 
 

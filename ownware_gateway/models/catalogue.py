@@ -20,10 +20,10 @@ import aiohttp
 
 from ownware_gateway.errors import BootError, GatewayError
 from ownware_gateway.events import Usage
-from ownware_gateway.models import Dispatch, Model, ModelInfo
+from ownware_gateway.models import Dispatch, Embedded, Model, ModelInfo
 from ownware_gateway.models.anthropic import Anthropic
 from ownware_gateway.models.demo import Demo
-from ownware_gateway.models.http import Pool
+from ownware_gateway.models.http import Endpoint, Pool
 from ownware_gateway.models.images import Seeing
 from ownware_gateway.models.openai import OpenAI
 from ownware_gateway.models.responses import Responses
@@ -302,6 +302,34 @@ class KnownModels:
             instead, what = found[0], f"the local model {found[0]}"
         reason = f"{variable(missing)} is not set, so {what} answers instead of {model_id}."
         return dataclasses.replace(self.resolve(instead), fallback_reason=reason)
+
+    async def embed(
+        self, model_id: str, texts: Sequence[Any], dimensions: int | None = None
+    ) -> Embedded:
+        """Return the texts as vectors; see `models.Catalogue`."""
+        from ownware_gateway.models.embeddings import embed
+
+        model_id = model_id or self._settings.embedding_model
+        if not model_id:
+            raise GatewayError(
+                "unknown_model",
+                f"The request names no embedding model, and {variable('embedding_model')} is not "
+                "set.",
+            )
+        self.resolve(model_id)
+        provider, name = _split(model_id)
+        if provider is None or provider.dialect is not OpenAI:
+            raise GatewayError("unknown_model", f"{_quoted(model_id)} makes no embeddings.")
+        key = self._key(provider)
+        endpoint = Endpoint(
+            provider=provider.id,
+            url=f"{self._address(provider)}{provider.path}/embeddings",
+            headers={"Authorization": f"Bearer {key}"} if key else {},
+            silence_s=self._settings.model_silence_s,
+            key_variable=variable(provider.key) if provider.key else "",
+        )
+        made = await embed(self._pool, endpoint, name, texts, dimensions)
+        return made._replace(model=model_id)
 
     async def price(self, model_id: str, usage: Usage) -> Usage:
         """Return the usage with `model` and `cost_usd` filled in; an unknown price stays None.

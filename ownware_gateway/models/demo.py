@@ -111,8 +111,9 @@ class Demo:
     async def stream(self, request: Request) -> AsyncGenerator[Sequence[Part], None]:
         """Answer by the patterns, word by word."""
         reply = _reply(request)
-        cut = request.max_tokens is not None and len(reply.pieces) > request.max_tokens
-        pieces = reply.pieces[: request.max_tokens]
+        whole, stopped = _up_to(reply.pieces, request.stop)
+        cut = request.max_tokens is not None and len(whole) > request.max_tokens
+        pieces = whole[: request.max_tokens]
         thinking = () if request.thinking == "off" else reply.thinking
         for parts in _batches([*map(Thinking, thinking), *map(Text, pieces)], reply.batch):
             yield parts
@@ -125,8 +126,28 @@ class Demo:
             yield [CallStart(call.id, call.name) for call in calls]
         turn = AssistantTurn("".join(pieces), "".join(thinking), calls, DIALECT, request.model)
         usage = Usage(input_tokens=_input_tokens(request), output_tokens=_output_tokens(turn))
-        stop: StopReason = "tool_use" if calls else "max_tokens" if cut else "end_turn"
+        ends: StopReason = "stop_sequence" if stopped else "end_turn"
+        stop: StopReason = "tool_use" if calls else "max_tokens" if cut else ends
         yield [Answer(turn, stop, usage)]
+
+    def unable(self, request: Request) -> Sequence[str]:
+        """Return what this model cannot honour; see `Model.unable`.
+
+        Its answer is always the same, so whatever steers chance is honoured.
+        """
+        files = [file for turn in request.messages for file in getattr(turn, "files", ())]
+        deaf = any(file.mime_type.startswith("audio/") for file in files)
+        asked = {"response_format": request.response_format is not None, "input_audio": deaf}
+        return [name for name, wanted in asked.items() if wanted]
+
+
+def _up_to(pieces: Sequence[str], stop: Sequence[str]) -> tuple[Sequence[str], bool]:
+    """Return the pieces before the first of some texts, and whether one was there."""
+    text = "".join(pieces)
+    ends = [place for word in stop if (place := text.find(word)) >= 0]
+    if not ends:
+        return pieces, False
+    return _words(text[: min(ends)]), True
 
 
 def _batches(parts: Sequence[Part], size: int) -> Iterator[Sequence[Part]]:

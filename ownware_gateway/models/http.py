@@ -44,6 +44,9 @@ EVENT_BYTES_MAX: Final = 8_388_608
 #: A whole answer. Its wrapping is some fifty times its text, and no answer has ten million letters.
 STREAM_BYTES_MAX: Final = 536_870_912
 
+#: An answer that is no stream: vectors of a few thousand texts.
+ANSWER_BYTES_MAX: Final = 134_217_728
+
 ERROR_BYTES_MAX: Final = 65_536
 
 #: How much of a provider's own words stand in an error message.
@@ -154,6 +157,26 @@ class Pool:
                 if events.done:
                     await _linger(response)
                     return
+        finally:
+            response.close()
+
+    async def ask(self, endpoint: Endpoint, body: Mapping[str, Any]) -> Any:
+        """POST the body and return the JSON that is the whole answer. Raises ModelError."""
+        response = await self._post(endpoint, body)
+        try:
+            if response.status != 200:
+                await _check(endpoint, response)
+            data = bytearray()
+            while read := await _read(endpoint, response):
+                data += read
+                if len(data) > ANSWER_BYTES_MAX:
+                    break
+            return json.loads(data)
+        except ValueError:
+            raise ModelError(
+                f"{endpoint.provider} at {endpoint.address} answered with something that is not "
+                "JSON, or too long. Check its address."
+            ) from None
         finally:
             response.close()
 

@@ -7,7 +7,7 @@ model that refuses an image would refuse every request from there on. So it is a
 import re
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Final
 
 from ownware_gateway.models import Message, Model, ModelError, Part, Request, ToolTurn
@@ -24,11 +24,11 @@ _REFUSED: Final = re.compile(r"image|vision|multi-?modal|modalit|mmproj", re.IGN
 NOT_SEEN: Final = "\n[Its images cannot be shown to this model.]"
 
 
-@dataclass(frozen=True, slots=True)
 class Seeing:
     """A model that is not shown what it cannot see."""
 
-    model: Model
+    def __init__(self, model: Model) -> None:
+        self.model = model
 
     def stream(self, request: Request) -> AsyncIterator[Sequence[Part]]:
         """Ask the model; see `Model.stream`."""
@@ -37,6 +37,10 @@ class Seeing:
         if _BLIND.match(request.model):
             return self.model.stream(without_images(request))
         return self._stream(request)
+
+    def unable(self, request: Request) -> Sequence[str]:
+        """Return what the model will not honour; see `Model.unable`."""
+        return self.model.unable(request)
 
     async def _stream(self, request: Request) -> AsyncGenerator[Sequence[Part], None]:
         try:

@@ -7,6 +7,7 @@ original.
 
 import base64
 import json
+import re
 import secrets
 from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import aclosing
@@ -46,6 +47,12 @@ _FAILURES: Final = frozenset({"error", "abort", "insufficient_system_resource"})
 
 #: Where servers put the reasoning, in the order in which one of them is taken.
 _REASONING: Final = ("reasoning_content", "reasoning")
+
+#: OpenAI's own models, of which those that hear have "audio" in their name.
+_OPENAIS: Final = re.compile(r"gpt-|chatgpt-|o\d")
+
+#: The formats that audio may have (https://platform.openai.com/docs/guides/audio).
+_AUDIO: Final = {"wav": "wav", "x-wav": "wav", "wave": "wav", "mpeg": "mp3", "mp3": "mp3"}
 
 #: What of a tool call's piece is understood; the rest is kept and sent back (Google's signatures).
 _CALL_FIELDS: Final = frozenset({"index", "id", "type", "function"})
@@ -114,7 +121,29 @@ class OpenAI:
             # OpenAI's reasoning models refuse the old name; most others know no other.
             name = "max_completion_tokens" if self.provider == "openai" else "max_tokens"
             body[name] = request.max_tokens
-        return body | self._reasoning(request)
+        return body | self._reasoning(request) | self._asked(request)
+
+    def _asked(self, request: Request) -> dict[str, Any]:
+        """Return the fields that a caller's options are."""
+        asked = {
+            "top_p": request.top_p,
+            "stop": list(request.stop) or None,
+            "seed": request.seed,
+            "response_format": request.response_format,
+            # Others may refuse a name that they do not know.
+            "user": request.user if self.provider in ("openai", "openrouter") else None,
+        }
+        return {name: value for name, value in asked.items() if value is not None}
+
+    def unable(self, request: Request) -> Sequence[str]:
+        """Return what this model cannot honour; see `Model.unable`."""
+        deaf = self.provider == "ollama" or (
+            self.provider == "openai"
+            and _OPENAIS.match(request.model) is not None
+            and "audio" not in request.model
+        )
+        formats = {audio_format(file) for file in files_of(request) if is_audio(file)}
+        return ["input_audio"] if formats and (deaf or None in formats) else []
 
     def _reasoning(self, request: Request) -> dict[str, Any]:
         if request.thinking is None:
@@ -211,11 +240,36 @@ def _file(file: File) -> dict[str, Any]:
     if kind == "application/pdf":
         data = _data_uri(kind, file.data)
         return {"type": "file", "file": {"filename": file.filename, "file_data": data}}
+    if (form := audio_format(file)) is not None:
+        data = base64.b64encode(file.data).decode()
+        return {"type": "input_audio", "input_audio": {"data": data, "format": form}}
+    return _unshown(file)
+
+
+def _unshown(file: File) -> dict[str, Any]:
+    kind = file.mime_type.partition(";")[0].strip().lower()
     size = f"{kind or 'of unknown type'}, {len(file.data)} bytes"
     return {
         "type": "text",
         "text": f"[The attached file {file.filename} ({size}) cannot be shown.]",
     }
+
+
+def files_of(request: Request) -> list[File]:
+    """Return all files that people have sent in the conversation."""
+    turns = [turn for turn in request.messages if isinstance(turn, UserTurn)]
+    return [file for turn in turns for file in turn.files]
+
+
+def is_audio(file: File) -> bool:
+    """Whether a file is to be heard."""
+    return file.mime_type.lower().startswith("audio/")
+
+
+def audio_format(file: File) -> str | None:
+    """Return the dialect's name for a file's audio; None where it has none, or it is no audio."""
+    kind, _, form = file.mime_type.partition(";")[0].strip().lower().partition("/")
+    return _AUDIO.get(form) if kind == "audio" else None
 
 
 def _fenced(file: File) -> str:

@@ -29,7 +29,14 @@ from ownware_gateway.models import (
     UserTurn,
 )
 from ownware_gateway.models.http import LINGER_TIMEOUT_S, Endpoint, Pool, reported
-from ownware_gateway.models.openai import call_ids, content, load, unique_id
+from ownware_gateway.models.openai import (
+    call_ids,
+    content,
+    files_of,
+    is_audio,
+    load,
+    unique_id,
+)
 
 DIALECT: Final = "openai-responses"
 
@@ -83,6 +90,15 @@ class Responses:
         async with contextlib.aclosing(self._answer(request, summary=False)) as batches:
             async for batch in batches:
                 yield batch
+
+    def unable(self, request: Request) -> Sequence[str]:
+        """Return what this model cannot honour; see `Model.unable`."""
+        asked = {
+            "stop": bool(request.stop),
+            "seed": request.seed is not None,
+            "input_audio": any(map(is_audio, files_of(request))),
+        }
+        return [name for name, wanted in asked.items() if wanted]
 
     async def _answer(
         self, request: Request, *, summary: bool
@@ -145,6 +161,20 @@ def _body(request: Request, *, summary: bool) -> dict[str, Any]:
         body["reasoning"] = {"effort": request.thinking if _thinks(request) else "none"}
         if summary:
             body["reasoning"]["summary"] = "auto"
+    return body | _asked(request)
+
+
+def _asked(request: Request) -> dict[str, Any]:
+    """Return the fields that a caller's options are."""
+    body: dict[str, Any] = {}
+    if request.top_p is not None:
+        body["top_p"] = request.top_p
+    if request.user is not None:
+        # The field that took the place of `user`; the API refuses longer ones.
+        body["safety_identifier"] = _wire_id(request.user)
+    if request.response_format is not None:
+        form = request.response_format
+        body["text"] = {"format": {"type": form["type"], **form.get("json_schema", {})}}
     return body
 
 
@@ -190,6 +220,8 @@ def _part(part: dict[str, Any]) -> dict[str, Any]:
             return {"type": "input_image", "image_url": part["image_url"]["url"]}
         case "file":
             return {"type": "input_file", **part["file"]}
+        case "input_audio":
+            return {"type": "input_text", "text": "[Attached audio cannot be heard here.]"}
         case _:
             return {"type": "input_text", "text": part["text"]}
 

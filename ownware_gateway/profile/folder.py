@@ -12,12 +12,16 @@ from pydantic import ValidationError
 from pydantic_core import PydanticSerializationError
 
 from ownware_gateway.errors import GatewayError
-from ownware_gateway.profile import NOTES_FILE, Profile
+from ownware_gateway.profile import NOTES_FILE, Profile, Tools
 from ownware_gateway.profile.explain import explain
 from ownware_gateway.profile.names import Known, wrong_name
 
 AGENT_FILES: Final = ("agent.json", "agent.yaml", "agent.yml")
 FILE_BYTES_MAX: Final = 1_048_576
+
+#: The agent that a model is when it is asked without a profile. A profile of this name in the
+#: folder takes its place.
+PLAIN: Final = "plain"
 
 #: Fields of a profile that stand in none of its AGENT_FILES.
 _KEPT_ELSEWHERE: Final = {
@@ -35,6 +39,12 @@ class Broken:
 
     folder: str
     message: str
+
+
+def plain() -> Profile:
+    """Return the profile of a model by itself: no tools, and nothing that it is told."""
+    description = "A model by itself: no tools, no instructions."
+    return Profile(name=PLAIN, description=description, tools=Tools(preset="none"))
 
 
 #: What agent.json and SOUL.md hold, and the files of tools/.
@@ -112,6 +122,8 @@ class Profiles:
     def get(self, name: str, skills: Sequence[str] = ()) -> Profile:
         """Return the profile of this name, with the texts of these skills in its system prompt.
 
+        There always is one named PLAIN.
+
         Raises GatewayError `not_found`; its message says what is wrong with the profile's file,
         if that is the reason, or which name is near.
         """
@@ -124,6 +136,8 @@ class Profiles:
                 raise GatewayError(
                     "not_found", f"The profile {name!r} cannot be used. {item.message}"
                 )
+        if name == PLAIN:
+            return plain()
         names = [profile.name for profile in profiles]
         near = difflib.get_close_matches(name, names, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""

@@ -24,7 +24,7 @@ PARTS_MAX: Final = 16
 PART_BYTES_MAX: Final = 4 * 1_048_576
 PARTS_BYTES_MAX: Final = 16 * 1_048_576
 
-#: A structured value stands in its event, for every client to read: so long, so deep.
+#: Structured values stand in the event, for every client to read: so long together, so deep.
 VALUE_BYTES_MAX: Final = 65_536
 VALUE_DEPTH_MAX: Final = 64
 

@@ -3,14 +3,14 @@
 import asyncio
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
 from ownware_gateway.keyfiles import holds_keys
 from ownware_gateway.profile.beneath import Unfit, open_beneath, read_beneath
 from ownware_gateway.profile.skills import MAIN_FILE, body
-from ownware_gateway.tools import OUTPUT_LIMIT_BYTES, Output, ToolFailed, clip
+from ownware_gateway.tools import KEPT_BYTES_MAX, OUTPUT_LIMIT_BYTES, Output, ToolFailed, clip
+from ownware_gateway.tools.workspace import under
 
 #: Most files of a skill that are named, the folders that lie in each other, and the entries that
 #: are looked at to find them.
@@ -20,6 +20,9 @@ ENTRIES_MAX: Final = 1_000
 
 #: Most bytes of their names; the text of the skill has what is left.
 NAMES_BYTES_MAX: Final = 8_192
+
+#: What is said of a cut takes no more than this.
+NOTES_BYTES: Final = 256
 
 _CUT: Final = "[there are more]"
 
@@ -43,9 +46,8 @@ def _main(folder: Path, parts: Sequence[str]) -> Output:
     if not files:
         return _whole(said)
     names = clip("\n".join(files), NAMES_BYTES_MAX).text
-    note = f"\n\n[files of this skill, to be read with the argument file:]\n{names}"
-    output = clip(said.rstrip(), OUTPUT_LIMIT_BYTES - len(note.encode()) - 128)
-    return replace(output, text=output.text + note)
+    note = f"\n[files of this skill, to be read with the argument file:]\n{names}"
+    return under(clip(said.rstrip(), OUTPUT_LIMIT_BYTES - len(note.encode()) - NOTES_BYTES), [note])
 
 
 def _other(folder: Path, parts: Sequence[str], file: str) -> Output:
@@ -66,7 +68,7 @@ def _other(folder: Path, parts: Sequence[str], file: str) -> Output:
 def _read(folder: Path, parts: Sequence[str], called: str) -> bytes:
     try:
         os.fsencode("/".join(parts))
-        data = read_beneath(folder, parts, OUTPUT_LIMIT_BYTES + 1)
+        data = read_beneath(folder, parts, KEPT_BYTES_MAX)
     except UnicodeEncodeError as error:
         raise ToolFailed("The name holds half a surrogate pair, which no name can.") from error
     except (Unfit, OSError) as wrong:
@@ -79,12 +81,7 @@ def _read(folder: Path, parts: Sequence[str], called: str) -> bytes:
 
 
 def _whole(text: str) -> Output:
-    if len(text.encode()) <= OUTPUT_LIMIT_BYTES:
-        return clip(text or "[the file is empty]")
-    # How long it is nobody has looked: no more was read than can be shown.
-    output = clip(text, OUTPUT_LIMIT_BYTES - 128)
-    kept = output.text.rpartition("\n[cut:")[0]
-    return replace(output, text=f"{kept}\n[cut: this is all that can be shown of the file]")
+    return clip(text or "[the file is empty]", OUTPUT_LIMIT_BYTES - NOTES_BYTES)
 
 
 def _files(folder: Path, parts: Sequence[str]) -> list[str]:

@@ -17,6 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
+from tests.bench.doors import doors
 from tests.bench.growth import default_folder, growth
 from tests.bench.memory import memory
 from tests.bench.rows import Row
@@ -34,7 +35,12 @@ END: Final = "<!-- end -->\n"
 Benchmark = Callable[[Path], Awaitable[list[Row]]]
 
 #: What `make bench` measures, and what takes long (and for growth 3 GB of disk): only by name.
-USUAL: Final[Mapping[str, Benchmark]] = {"start": start, "speed": speed, "memory": memory}
+USUAL: Final[Mapping[str, Benchmark]] = {
+    "start": start,
+    "speed": speed,
+    "doors": doors,
+    "memory": memory,
+}
 LONG: Final[Mapping[str, Benchmark]] = {"growth": growth, "soak": soak}
 
 

@@ -70,6 +70,7 @@ THREAD_FIELDS: Final = {
     "historyTo",
     "forkedFrom",
     "activeRunId",
+    "hidden",
     "status",
 }
 

@@ -279,6 +279,12 @@ PATHS: dict[str, Bad] = {
     "unknown thread's agents": Bad("GET", "/threads/t/agents", "not_found"),
     "unknown thread's stream": Bad("GET", "/threads/t/agents/root/events", "not_found"),
     "unknown thread's history": Bad("GET", "/threads/t/agents/root/events/history", "not_found"),
+    "output of a call that never ended": Bad(
+        "GET", "/threads/{ended_thread}/agents/root/outputs/1", "output_not_found", "ended at 1"
+    ),
+    "malformed number of an output": Bad(
+        "GET", "/threads/{ended_thread}/agents/root/outputs/x", "invalid_request", "'seq'"
+    ),
     "unknown thread to abort": Bad("POST", "/threads/t/abort", "not_found"),
     "unknown agent": Bad(
         "GET", "/threads/{ended_thread}/agents/nobody/events", "not_found", "no agent 'nobody'"
@@ -672,7 +678,7 @@ async def test_every_code_is_met_here() -> None:
     met = {bad.code for bad in ALL.values()}
     alone = {"internal", "unauthorized", "rate_limited", "shutting_down", "overloaded"}
     # What these are about has tests of its own: test_threads.py, reliability/test_idempotency.py,
-    # mcp/test_servers.py, test_budgets.py, test_outputs.py.
+    # mcp/test_servers.py, test_budgets.py.
     alone |= {"thread_deleted", "idempotency_conflict", "idempotency_key_invalid"}
-    alone |= {"server_exists", "budget_exceeded", "output_not_found"}
+    alone |= {"server_exists", "budget_exceeded"}
     assert met | alone == set(CODES)

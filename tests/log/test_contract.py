@@ -8,13 +8,13 @@ import tempfile
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import pytest
 from hypothesis import given, settings, strategies as st
 
 from ownware_gateway import sse
-from ownware_gateway.events import Event, TextDelta, Usage
+from ownware_gateway.events import Event, TextDelta, ToolCallEnd, Usage
 from ownware_gateway.log import (
     CHUNK_BYTES_MAX,
     DAY_MS,
@@ -25,9 +25,12 @@ from ownware_gateway.log import (
     Decides,
     Drives,
     Log,
+    NewRun,
+    Opening,
     Permission,
     Private,
     Refused,
+    Retention,
     Run,
     RunQuery,
     Spent,
@@ -619,6 +622,36 @@ async def test_an_append_that_is_refused_spends_nothing(log: Log, backend: Backe
     assert await log.spent("p", backend.clock.now_ms // DAY_MS) == Spent()
 
 
+async def test_what_is_kept_of_an_output_is_found_by_its_event_and_by_the_latest_call(
+    log: Log,
+) -> None:
+    def ended(call_id: str) -> ToolCallEnd:
+        return ToolCallEnd(
+            tool_call_id=call_id,
+            tool_name="t",
+            result="",
+            is_error=False,
+            duration_ms=0,
+            turn_index=0,
+            output_bytes_raw=0,
+        )
+
+    await log.append(starts("run_1")).wait()
+    for call_id, body in (("a", b"old"), ("b", b"other"), ("a", b"new")):
+        facts = [Private("output", body), Private("image", body + b"!", 11)]
+        await log.append(drives("run_1", ended(call_id), private=facts)).wait()
+    await log.append(drives("run_1", ended("a"))).wait()
+    assert await log.kept_output(STREAM, "a") == b"new"
+    assert await log.kept_output(STREAM, "b") == b"other"
+    assert await log.kept_output(STREAM, "c") is None
+    assert await log.kept_output(Stream("thread_1", "child"), "a") is None
+    assert await log.private_at(STREAM, 2, "output") == b"old"
+    assert await log.private_at(STREAM, 2, "image", 11) == b"old!"
+    assert await log.private_at(STREAM, 2, "image") is None
+    assert await log.private_at(STREAM, 5, "output") is None
+    assert await log.private_at(Stream("thread_2"), 2, "output") is None
+
+
 async def test_private_facts_of_many_chunks_come_whole_though_many_have_one_seq(log: Log) -> None:
     def files(letter: bytes) -> list[Private]:
         return [Private("attachment", letter * 30_000, index) for index in range(8)]
@@ -964,3 +997,64 @@ def test_the_log_holds_what_a_list_in_memory_would_hold(
 
     with tempfile.TemporaryDirectory() as folder:
         asyncio.run(play(SqliteBackend(Path(folder))))
+
+
+# -- threads that begin with history
+
+
+def opened(run_id: str, *history: Event, hidden: bool = False, private: Any = ()) -> Append:
+    run = NewRun(id=run_id, profile_id="p", model="m", timeout_ms=60_000, title="t")
+    guard = Starts(run, opening=Opening(len(history), hidden))
+    return Append(STREAM, guard, [*history, message(run_id)], private)
+
+
+async def test_a_thread_begins_with_history_that_is_nobodys_run(log: Log) -> None:
+    past = (
+        message("past"),
+        session_start("past"),
+        session_end("past", usage=Usage(input_tokens=9, model="m")),
+    )
+    private = [Private("attachment", b"first", place=0), Private("profile", b"last")]
+    run = await log.begin(opened("r", *past, private=private))
+    assert (run.start_seq, run.status, run.usage) == (3, "accepted", Usage())
+    thread = await log.thread(STREAM.thread_id)
+    assert thread is not None
+    assert (thread.history_to, thread.active_run_id) == (3, "r")
+    assert [run.id for _, run in await log.runs(RunQuery())] == ["r"]
+    assert await log.private(STREAM, "attachment") == [(1, 0, b"first")]
+    assert await log.private(STREAM, "profile") == [(4, 0, b"last")]
+
+
+async def test_what_opens_a_thread_is_refused_where_there_is_one(log: Log) -> None:
+    await whole_run(log, "before")
+    with pytest.raises(Refused) as refused:
+        await log.begin(opened("r", message("past"), session_end("past")))
+    assert refused.value.winner is None
+    assert len(await log.read(STREAM, 0)) == 2
+
+
+async def test_hidden_threads_are_listed_for_those_who_ask(log: Log) -> None:
+    await log.begin(opened("r", hidden=True))
+    await whole_run(log, "other", stream=Stream("thread_2"))
+    for profile_id in (None, "p"):
+        shown = await log.threads(ThreadQuery(profile_id))
+        assert [thread.id for _, thread in shown] == ["thread_2"]
+        every = await log.threads(ThreadQuery(profile_id, hidden=True))
+        assert {(thread.id, thread.hidden) for _, thread in every} == {
+            ("thread_1", True),
+            ("thread_2", False),
+        }
+
+
+async def test_the_history_of_a_hidden_thread_goes_with_its_run(backend: Backend, log: Log) -> None:
+    for number, hidden in enumerate((True, False)):
+        stream = Stream(f"t{number}")
+        begun = opened(f"r{number}", message("past"), session_end("past"), hidden=hidden)
+        await log.begin(replace(begun, stream=stream))
+        end = session_end(f"r{number}")
+        await log.append(drives(f"r{number}", end, stream=stream)).wait()
+    backend.clock.now_ms += 10
+    while await log.prune(Retention(events_ms=5)):
+        pass
+    kinds = [[item.type for item in await log.read(Stream(name), 0)] for name in ("t0", "t1")]
+    assert kinds == [["stream.gap"], ["user.message", "session.end", "stream.gap"]]

@@ -80,7 +80,11 @@ MAY_SCAN: Final = {
 }
 
 #: Lists of everything go over a table in its order, and stop after a page.
-PAGES: Final = ("SCAN runs", "SCAN threads USING INDEX threads_by_update")
+PAGES: Final = (
+    "SCAN runs",
+    "SCAN threads USING INDEX threads_by_update",
+    "SCAN threads USING INDEX threads_shown",
+)
 
 
 #: An age that every run has, the newest too.

@@ -49,6 +49,7 @@ TOOLS: Final[dict[str, dict[str, Any]]] = {
     "append": schema(path="string", line="string"),
     "put": schema(path="string", line="string"),
     "wipe": schema(path="string"),
+    "cat": schema(path="string"),
     "env": schema(),
     "slow": schema(path="string"),
     "hang": schema(),
@@ -101,6 +102,8 @@ def call(number: Any, name: Any, arguments: dict[str, Any], meta: dict[str, Any]
         case "put" | "wipe":
             Path(arguments["path"]).write_text(arguments.get("line", ""))
             return text("done")
+        case "cat":
+            return text(Path(arguments["path"]).read_text())
         case "env":
             return text(json.dumps(dict(os.environ)))
         case "slow":

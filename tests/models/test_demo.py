@@ -72,6 +72,13 @@ async def test_the_deltas_are_words_and_make_up_the_text() -> None:
     assert all(found)
 
 
+async def test_an_answer_ends_before_what_it_is_to_stop_at() -> None:
+    request = Request("assistant", [UserTurn("count to 9")], stop=("7", "4"))
+    *_, answer = [part async for batch in Demo().stream(request) for part in batch]
+    assert isinstance(answer, Answer)
+    assert (answer.turn.text, answer.stop_reason) == ("1 2 3 ", "stop_sequence")
+
+
 async def test_the_same_prompt_has_the_same_answer() -> None:
     assert await batches("run: ls and also list files") == await batches(
         "run: ls and also list files"

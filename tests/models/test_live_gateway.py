@@ -2,10 +2,12 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import pytest
 
+from tests.doors.openai import ask, content, said, streamed
 from tests.gateway import FAKE_KEY, Gateways, open_stream, read_frames, run_events, start_run, text
 
 pytestmark = [pytest.mark.live, pytest.mark.timeout(180)]
@@ -50,3 +52,24 @@ async def test_a_real_model_streams_remembers_and_can_be_read_again(
         async with open_stream(http, up.url, f"{path}{since}") as response:
             rest = [frame for frame in await read_frames(response) if frame.id]
         assert rest == everything[since:]
+
+
+async def test_a_real_model_is_asked_as_openais_clients_ask(
+    start_gateway: Gateways, http: aiohttp.ClientSession, llama_server: str
+) -> None:
+    up = await start_gateway(local_base_url=f"{llama_server}/v1")
+    options: dict[str, Any] = {
+        "model": "local:gemma",
+        "temperature": 0,
+        "seed": 1,
+        "max_tokens": 24,
+    }
+    whole = await ask(http, up.url, "Say hello to Ada.", **options)
+    assert whole["usage"]["completion_tokens"] > 3
+    assert whole["choices"][0]["finish_reason"] in ("stop", "length")
+    read = await streamed(http, up.url, "Say hello to Ada.", **options)
+    assert said(read) == content(whole), "the same seed, the same words"
+    assert len(read) > 5
+    form = {"type": "json_object"}
+    answer = await ask(http, up.url, "Write a JSON object.", **options, response_format=form)
+    assert content(answer).lstrip().startswith("{")

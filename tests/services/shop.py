@@ -1,6 +1,5 @@
 """A service of our own for the tests: a small shop on loopback that describes itself.
 
-
 Its OpenAPI document is made from its table of routes and the models of its bodies. It counts what
 comes, keeps whole requests, and can be told to misbehave.
 """

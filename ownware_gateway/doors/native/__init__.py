@@ -280,10 +280,11 @@ class Native(ServerHandlers, ServiceHandlers):
 
     async def threads(self, request: web.Request) -> web.Response:
         """List threads, most recently changed first."""
-        values = query(request, "profileId", "limit", "cursor")
+        values = query(request, "profileId", "limit", "cursor", "hidden")
         limit = page_limit(values)
         before = place(values, r"[0-9]{1,18}\.[0-9]{1,18}")
-        found = await self._log.threads(ThreadQuery(values.get("profileId"), before, limit))
+        hidden = flag(values, "hidden", default=False)
+        found = await self._log.threads(ThreadQuery(values.get("profileId"), before, limit, hidden))
         items = [thread_shape(thread) for _, thread in found]
         return answer({"items": items, "nextCursor": _next([key for key, _ in found], limit)})
 

@@ -25,6 +25,10 @@ ON CONFLICT (id) DO UPDATE SET
     title = CASE WHEN threads.title = '' THEN excluded.title ELSE threads.title END,
     updated_at = excluded.updated_at;
 
+-- open_thread --
+-- How a new thread begins: with events that are history already, and out of sight perhaps.
+UPDATE threads SET history_to = :history_to, hidden = :hidden WHERE id = :id;
+
 -- add_stream --
 INSERT INTO streams (thread_key, agent_id)
 SELECT key, ? FROM threads WHERE id = ?
@@ -256,7 +260,7 @@ SELECT threads.id, threads.profile_id, threads.model, threads.title, threads.cre
        threads.updated_at, threads.history_to, threads.forked_from,
        (SELECT runs.id FROM runs
         WHERE runs.thread_key = threads.key AND runs.agent_id = 'root' AND terminal_at IS NULL),
-       threads.key
+       threads.hidden, threads.key
 FROM threads;
 
 -- permission_columns --
@@ -292,7 +296,8 @@ SELECT :to_key, seq, type, payload FROM events WHERE stream_key = :from_key AND 
 -- copy_private --
 INSERT INTO private (stream_key, seq, kind, body)
 SELECT :to_key, seq, kind, body FROM private
-WHERE stream_key = :from_key AND seq <= :at AND kind NOT LIKE 'profile.%';
+WHERE stream_key = :from_key AND seq <= :at AND kind NOT LIKE 'profile.%'
+  AND kind NOT LIKE 'options.%';
 
 -- copy_thread --
 INSERT INTO threads (id, profile_id, model, title, created_at, updated_at, history_to, forked_from)
@@ -352,9 +357,14 @@ SELECT 1 FROM permissions WHERE run_key IN (SELECT value FROM json_each(?)) LIMI
 UPDATE events SET type = ?, payload = ? WHERE stream_key = ? AND seq = ?;
 
 -- old_runs --
-SELECT runs.key, streams.key, runs.start_seq, runs.end_seq
+-- The history of a hidden thread came with its run, and goes with it.
+SELECT runs.key, streams.key,
+       CASE WHEN threads.hidden AND runs.start_seq = threads.history_to
+            THEN 0 ELSE runs.start_seq END,
+       runs.end_seq
 FROM runs
 JOIN streams ON streams.thread_key = runs.thread_key AND streams.agent_id = runs.agent_id
+JOIN threads ON threads.key = runs.thread_key
 WHERE runs.terminal_at < :before AND runs.pruned = :pruned
   -- What a run has said to one that has not ended is still to be told there.
   AND (runs.parent_key IS NULL

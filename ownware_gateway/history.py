@@ -1,0 +1,134 @@
+"""Messages told as events: how a conversation that a client brings along gets into the log.
+
+The other way round from `transcript.conversation`. What is made here is history: a run of it has
+ended, is never driven and grants nothing.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Final, NamedTuple
+
+from ownware_gateway.events import (
+    Attachment,
+    Event,
+    SessionEnd,
+    SessionStart,
+    TextComplete,
+    ToolCallArgsDelta,
+    ToolCallEnd,
+    ToolCallStart,
+    TurnEnd,
+    TurnStart,
+    Usage,
+    UserMessage,
+)
+from ownware_gateway.log import Private
+from ownware_gateway.models import AssistantTurn, Message, ToolTurn, UserTurn
+
+#: Every run begins with a person's message, and so does every request to some providers.
+NOBODY_SPOKE: Final = "(The conversation begins with the assistant.)"
+
+
+class Teller(NamedTuple):
+    """Who is said to have led the conversation, and when."""
+
+    profile_id: str
+    model: str
+    now_ms: int
+    new_id: Callable[[str], str]
+
+
+def told(messages: Sequence[Message], teller: Teller) -> tuple[list[Event], list[Private]]:
+    """Return the events that tell of these messages, and their files by the events' places."""
+    events: list[Event] = []
+    private: list[Private] = []
+    for asked, answers in _runs(messages):
+        private += [
+            Private("attachment", file.data, index, len(events))
+            for index, file in enumerate(asked.files)
+        ]
+        events += _run(asked, answers, teller)
+    return events, private
+
+
+def _runs(messages: Sequence[Message]) -> Iterator[tuple[UserTurn, list[Message]]]:
+    """Yield what a person said and what followed; said in a row, it is one message."""
+    asked: UserTurn | None = None
+    answers: list[Message] = []
+    for message in messages:
+        if not isinstance(message, UserTurn):
+            answers.append(message)
+        elif asked is not None and not answers:
+            asked = joined(asked, message)
+        else:
+            if asked is not None or answers:
+                yield asked or UserTurn(NOBODY_SPOKE), answers
+            asked, answers = message, []
+    if asked is not None or answers:
+        yield asked or UserTurn(NOBODY_SPOKE), answers
+
+
+def joined(first: UserTurn, second: UserTurn) -> UserTurn:
+    """Return two messages of a person as one."""
+    text = "\n\n".join(part for part in (first.text, second.text) if part)
+    return UserTurn(text, [*first.files, *second.files])
+
+
+def _run(asked: UserTurn, answers: Sequence[Message], teller: Teller) -> list[Event]:
+    run_id, now = teller.new_id("run"), teller.now_ms
+    attachments = [
+        Attachment(filename=item.filename, mime_type=item.mime_type, size_bytes=len(item.data))
+        for item in asked.files
+    ]
+    events: list[Event] = [
+        UserMessage(run_id=run_id, text=asked.text, attachments=attachments or None, timestamp=now),
+        SessionStart(
+            run_id=run_id,
+            session_id=run_id,
+            profile_id=teller.profile_id,
+            model=teller.model,
+            timestamp=now,
+        ),
+    ]
+    turns = [message for message in answers if isinstance(message, AssistantTurn)]
+    results = {turn.tool_call_id: turn for turn in answers if isinstance(turn, ToolTurn)}
+    for index, turn in enumerate(turns):
+        events += _turn(turn, index, results, teller)
+    return [
+        *events,
+        SessionEnd(
+            run_id=run_id,
+            session_id=run_id,
+            status="succeeded",
+            reason="end_turn",
+            total_usage=Usage(),
+            turn_count=len(turns),
+            timestamp=now,
+        ),
+    ]
+
+
+def _turn(
+    turn: AssistantTurn, index: int, results: dict[str, ToolTurn], teller: Teller
+) -> Iterator[Event]:
+    yield TurnStart(turn_index=index, timestamp=teller.now_ms)
+    for call in turn.tool_calls:
+        yield ToolCallStart(tool_call_id=call.id, tool_name=call.name, turn_index=index)
+        yield ToolCallArgsDelta(tool_call_id=call.id, delta=call.arguments, turn_index=index)
+    yield TextComplete(text=turn.text, turn_index=index)
+    for call in turn.tool_calls:
+        if (result := results.get(call.id)) is not None:
+            yield ToolCallEnd(
+                tool_call_id=call.id,
+                tool_name=call.name,
+                result=result.text,
+                is_error=result.is_error,
+                duration_ms=0,
+                turn_index=index,
+                output_bytes_raw=len(result.text.encode("utf-8", "replace")),
+            )
+    yield TurnEnd(
+        turn_index=index,
+        stop_reason="tool_use" if turn.tool_calls else "end_turn",
+        usage=Usage(),
+        timestamp=teller.now_ms,
+    )
