@@ -22,7 +22,7 @@ COMPILE := $(UV) pip compile pyproject.toml --quiet --no-config --upgrade \
 COMPILE_CLIENT := $(subst pyproject.toml ,,$(COMPILE))
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test check format live browser soak mcp services clients bench lock clean
+.PHONY: help serve test check format live browser soak mcp clients bench lock clean
 
 help: ## Say what there is to make.
 	@sed -n 's/^\([a-z ]*\):.*## /  make \1\t/p' Makefile | expand -t 30
@@ -43,7 +43,7 @@ format: $(VENV)/test.stamp ## Format, and repair what can be repaired.
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
 
-live browser soak mcp services clients: $(VENV)/test.stamp ## Run the tests that are left out otherwise.
+live browser soak mcp clients: $(VENV)/test.stamp ## Run the tests that are left out otherwise.
 	@$(BIN)/python -m pytest -m $@ $(ARGS)
 
 bench: $(VENV)/test.stamp ## Measure how fast it is, beside what the machine can do.

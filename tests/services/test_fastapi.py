@@ -15,8 +15,6 @@ from tests.gateway import Gateways, get_json
 from tests.mcp.test_runs import AUTO, calls, offered
 from tests.provider import Call, Provider
 
-pytestmark = pytest.mark.services
-
 Http = aiohttp.ClientSession
 MakeProfile = Callable[..., Path]
 
@@ -73,8 +71,6 @@ uvicorn.run(app, host="127.0.0.1", fd=int(sys.argv[1]), log_level="warning")
 @pytest.fixture
 async def url(tmp_path: Path) -> AsyncIterator[str]:
     """Where the service answers: a process of its own on a socket that is open already."""
-    pytest.importorskip("fastapi")
-    pytest.importorskip("uvicorn")
     program = tmp_path / "service.py"
     program.write_text(APP)
     with socket.create_server(("127.0.0.1", 0)) as listener:
