@@ -31,7 +31,9 @@ def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-async def up(start_gateway: Gateways) -> Gateway:
+async def up(start_gateway: Gateways, monkeypatch: pytest.MonkeyPatch) -> Gateway:
+    # Read when a gateway starts: nobody waits here for a run that hangs.
+    monkeypatch.setattr("ownware_gateway.app.GRACE_S", 0.05)
     return await start_gateway()
 
 
@@ -193,7 +195,7 @@ async def test_a_restart_in_the_middle_of_an_answer_is_waited_out(
     provider: Provider,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("ownware_gateway.app.GRACE_S", 0.05)
+    monkeypatch.setattr("ownware_gateway.stream.SHUTDOWN_RETRY_MS", 50)
     provider.reply(Reply(text=["half ", "never"], hang=True, hang_after=1), Reply(text=["whole"]))
     run = await client.start("assistant", "go")
     events = []

@@ -93,8 +93,12 @@ async def test_of_many_deletions_of_one_thread_one_deletes(
 
 
 async def test_no_more_runs_are_under_way_than_are_allowed(
-    start_gateway: Gateways, http: aiohttp.ClientSession, provider: Provider
+    start_gateway: Gateways,
+    http: aiohttp.ClientSession,
+    provider: Provider,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("ownware_gateway.app.GRACE_S", 0.05)
     up = await start_gateway(runs_active_max=2)
     provider.default = Reply(text=["x"], hang=True)
     body = {"profileId": "assistant", "prompt": "x"}
