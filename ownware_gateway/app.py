@@ -61,6 +61,9 @@ HANDLERS_GRACE_S: Final = 2.0
 #: How long the HTTP layer may take after that to cut off what is left.
 HANDLERS_CUT_S: Final = 0.1
 
+#: What speaks to the providers is imported so long after the start, unless a run is faster.
+WARM_UP_S: Final = 1.0
+
 #: How often the log is looked through for what need not be kept.
 PRUNE_EVERY_S: Final = 3_600.0
 DAY_MS: Final = 86_400_000
@@ -234,6 +237,10 @@ async def gateway(settings: Settings) -> AsyncIterator[Gateway]:
         stack.push_async_callback(leave)
         url = _url(settings.host, listener)
         data_dir.announce(url)
+        # Soon, and not now: the first requests come before it.
+        loop = asyncio.get_running_loop()
+        warming = loop.call_later(WARM_UP_S, loop.run_in_executor, None, catalogue.load)
+        stack.callback(warming.cancel)
         yield Gateway(
             url=url,
             access=access,

@@ -12,8 +12,9 @@ import json
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final, Literal
 from urllib.parse import urlsplit
 
 import aiohttp
@@ -21,13 +22,13 @@ import aiohttp
 from ownware_gateway.errors import BootError, GatewayError
 from ownware_gateway.events import Usage
 from ownware_gateway.models import Dispatch, Embedded, Model, ModelInfo
-from ownware_gateway.models.anthropic import Anthropic
-from ownware_gateway.models.demo import Demo
 from ownware_gateway.models.http import Endpoint, Pool
-from ownware_gateway.models.images import Seeing
-from ownware_gateway.models.openai import OpenAI
-from ownware_gateway.models.responses import Responses
 from ownware_gateway.settings import Settings, variable
+
+if TYPE_CHECKING:
+    from ownware_gateway.models.anthropic import Anthropic
+    from ownware_gateway.models.openai import OpenAI
+    from ownware_gateway.models.responses import Responses
 
 #: How long a local server may take to say which models it has, and how long that is believed.
 PROBE_TIMEOUT_S: Final = 1.0
@@ -79,6 +80,10 @@ def _ollama_address(setting: str, text: str) -> str:
     return f"{_address(setting, f'{scheme}://{host}:{port}')}{parts.path.rstrip('/')}"
 
 
+#: What is spoken: OpenAI's Chat Completions, its Responses, Anthropic's Messages.
+Dialect = Literal["chat", "responses", "anthropic"]
+
+
 @dataclass(frozen=True, slots=True)
 class Provider:
     """Where models come from.
@@ -96,8 +101,8 @@ class Provider:
     url: str
     key: str = ""
     needs: str = ""
-    dialect: type[OpenAI] | type[Anthropic] = OpenAI
-    own_dialect: type[Responses] | None = None
+    dialect: Dialect = "chat"
+    own_dialect: Dialect | None = None
     address: Callable[[str, str], str] = _address
     path: str = ""
     default: str = ""
@@ -113,7 +118,7 @@ PROVIDERS: Final = (
         url="openai_base_url",
         key="openai_api_key",
         needs="openai_api_key",
-        own_dialect=Responses,
+        own_dialect="responses",
         default="gpt-5.5",
         listed=r"gpt-(?:4\.1|4o|[5-9])|o[3-9]",
     ),
@@ -123,7 +128,7 @@ PROVIDERS: Final = (
         url="anthropic_base_url",
         key="anthropic_api_key",
         needs="anthropic_api_key",
-        dialect=Anthropic,
+        dialect="anthropic",
         default="claude-sonnet-5-5",
         listed=r"claude-[a-z]+-(?:4-[5-9]|[5-9])",
     ),
@@ -194,14 +199,11 @@ class KnownModels:
         self._settings = settings
         self._clock = clock
         self._pool = Pool()
-        self._models: Mapping[str, Model] = {
-            DEMO: Demo(),
-            **{
-                provider.id: self._adapter(provider)
-                for provider in PROVIDERS
-                if not self._missing(provider)
-            },
-        }
+        #: Those that were asked for, by their providers' ids.
+        self._models: dict[str, Model] = {}
+        for provider in PROVIDERS:
+            if not self._missing(provider):
+                self._address(provider)  # One that is none must not be found out in a run.
         self._listed: Sequence[ModelInfo] | None = None
         self._probing = asyncio.Lock()
         self._probed: tuple[float, Mapping[str, Sequence[_Served]]] | None = None
@@ -279,7 +281,7 @@ class KnownModels:
                 f"{variable(missing)} is not set, and {provider.id}: models need it. Set it and "
                 f"start the gateway again, or choose another model, such as {DEMO_ID}.",
             )
-        return Dispatch(model_id, name, self._models[provider.id if provider else DEMO])
+        return Dispatch(model_id, name, self._model(provider))
 
     async def stand_in(self, model_id: str) -> Dispatch:
         """Return what answers when the model's own provider lacks its key or address.
@@ -318,7 +320,7 @@ class KnownModels:
             )
         self.resolve(model_id)
         provider, name = _split(model_id)
-        if provider is None or provider.dialect is not OpenAI:
+        if provider is None or provider.dialect != "chat":
             raise GatewayError("unknown_model", f"{_quoted(model_id)} makes no embeddings.")
         key = self._key(provider)
         endpoint = Endpoint(
@@ -381,10 +383,35 @@ class KnownModels:
     def _key(self, provider: Provider) -> str:
         return getattr(self._settings, provider.key) if provider.key else ""
 
+    def _model(self, provider: Provider | None) -> Model:
+        """Return the adapter of a provider, the built-in model for None, made at its first use."""
+        name = provider.id if provider is not None else DEMO
+        if name not in self._models:
+            try:
+                self._models[name] = self._adapter(provider) if provider is not None else _demo()
+            except (OSError, ImportError) as error:
+                raise GatewayError(
+                    "overloaded",
+                    f"What speaks to {name} cannot be read now, for want of a file handle perhaps; "
+                    "try again.",
+                    retry_after_s=PRICES_AGAIN_S,
+                ) from error
+        return self._models[name]
+
+    def load(self) -> None:
+        """Import what speaks to the providers that can be used, before it is needed."""
+        for provider in (None, *PROVIDERS):
+            if provider is None or not self._missing(provider):
+                # Whoever needs it tries again, and is told what is wrong.
+                with suppress(GatewayError):
+                    self._model(provider)
+
     def _adapter(self, provider: Provider) -> Model:
+        from ownware_gateway.models.images import Seeing
+
         address = self._address(provider)
         own = provider.own_dialect if _is_own(address, provider) else None
-        adapter = (own or provider.dialect)(
+        adapter = _speaks(own or provider.dialect)(
             self._pool,
             provider=provider.id,
             base_url=address + provider.path,
@@ -571,3 +598,26 @@ def _price_usd(provider_id: str, name: str, usage: Usage) -> float | None:
     except (LookupError, ValueError):
         # The model is not in the data, or the provider's figures contradict each other.
         return None
+
+
+def _speaks(dialect: Dialect) -> "type[OpenAI] | type[Responses] | type[Anthropic]":
+    """Return the adapter for a dialect, imported at its first use."""
+    match dialect:
+        case "chat":
+            from ownware_gateway.models.openai import OpenAI
+
+            return OpenAI
+        case "responses":
+            from ownware_gateway.models.responses import Responses
+
+            return Responses
+        case "anthropic":
+            from ownware_gateway.models.anthropic import Anthropic
+
+            return Anthropic
+
+
+def _demo() -> Model:
+    from ownware_gateway.models.demo import Demo
+
+    return Demo()
