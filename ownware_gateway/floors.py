@@ -10,7 +10,7 @@ import functools
 import itertools
 import os.path
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any, Final
@@ -30,6 +30,9 @@ PROFILE: Final = "floor.profile"
 PROFILE_FILES: Final = frozenset(
     {"agent.json", "agent.yaml", "agent.yml", "agents.md", "skills", "soul.md", "tools"}
 )
+
+#: What the description of a profile's service is called: it says where the service answers.
+DESCRIPTIONS: Final = (".json", ".yaml", ".yml")
 
 #: Programs that remove the files that they are given, and those that do so with all but the last.
 DELETES: Final = frozenset({"rm", "rmdir", "shred", "srm", "truncate", "unlink", "wipe"})
@@ -115,7 +118,7 @@ class Ground:
         if not profiles or not _is_in(path, profiles):
             return False
         below = path[len(profiles) :].strip("/").split("/")
-        return len(below) < 2 or below[1] in PROFILE_FILES
+        return len(below) < 2 or below[1] in PROFILE_FILES or below[-1].endswith(DESCRIPTIONS)
 
 
 def _is_in(path: str, folder: str) -> bool:
@@ -174,15 +177,24 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def _paths_of_a_call(operation: Operation, ground: Ground) -> Verdict | None:
-    for name, value in operation.arguments.items():
-        if not _PATH_ARGUMENT.search(name) or operation.tool.reads == "nothing":
-            continue
-        for text in value if isinstance(value, list) else [value]:
-            if isinstance(text, str) and any(
-                _is_private(text.removeprefix("file://"), root, ground) for root in ground.roots
-            ):
-                return _no_keys()
+    if operation.tool.reads == "nothing":
+        return None
+    for text in _named_like_paths(operation.arguments):
+        if any(_is_private(text.removeprefix("file://"), root, ground) for root in ground.roots):
+            return _no_keys()
     return None
+
+
+def _named_like_paths(value: Any, *, named: bool = False) -> Iterator[str]:
+    """Yield the texts of arguments that are called like paths, and of fields within arguments."""
+    if isinstance(value, Mapping):
+        for name, item in value.items():
+            yield from _named_like_paths(item, named=named or bool(_PATH_ARGUMENT.search(name)))
+    elif isinstance(value, list):
+        for item in value:
+            yield from _named_like_paths(item, named=named)
+    elif isinstance(value, str) and named:
+        yield value
 
 
 def _is_private(text: str, folder: str, ground: Ground, *, follow: bool = True) -> bool:
@@ -237,16 +249,11 @@ def _perhaps_profile() -> Verdict:
 def _profile_of_a_call(operation: Operation, ground: Ground) -> Verdict | None:
     if operation.tool.reads_only or not ground.profiles:
         return None
-    for name, value in operation.arguments.items():
-        if not _PATH_ARGUMENT.search(name):
-            continue
-        for text in value if isinstance(value, list) else [value]:
-            if isinstance(text, str) and any(
-                _leads_to_profile(text.removeprefix("file://"), root, ground)
-                for root in ground.roots
-            ):
-                # What a tool of another program does with a path is not known.
-                return _perhaps_profile() if operation.tool.origin else _no_profile()
+    for text in _named_like_paths(operation.arguments):
+        path = text.removeprefix("file://")
+        if any(_leads_to_profile(path, root, ground) for root in ground.roots):
+            # What a tool of another program does with a path is not known.
+            return _perhaps_profile() if operation.tool.origin else _no_profile()
     return None
 
 

@@ -72,6 +72,9 @@ _KEY_BEGINS: Final = re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY")
 #: A known secret shorter than this would mask ordinary words.
 KNOWN_LENGTH_MIN: Final = 8
 
+#: Fewer characters of one tell nothing.
+BEGUN_LENGTH_MIN: Final = 4
+
 
 class Masker:
     """Replaces secrets in text and in JSON values. `known` are values that must never be seen."""
@@ -153,6 +156,14 @@ class Masker:
         if _may_fit(text):
             yield from SHAPES.finditer(text)
 
+    def cut(self, text: str) -> str:
+        """Return a text whose end was cut off, without the beginning of a known value there.
+
+        The value itself does not stand in it any more, so that `text` would not find it.
+        """
+        begun = max((_begun(text, value) for value in self._values), default=0)
+        return text[:-begun] + MASK if begun else text
+
     def value(self, value: Any) -> Any:
         """Return a copy of a JSON value with the secrets in it replaced, field names respected."""
         match value:
@@ -193,6 +204,12 @@ def without_ended(text: str) -> str:
         return MASK + text[end.end() :]
     words = text[:EDGE_CHARS_MAX].split(maxsplit=1)
     return text if not words or text[0].isspace() else text[len(words[0]) :]
+
+
+def _begun(text: str, value: str) -> int:
+    """Return how many characters a text ends with that a value begins with, if they are many."""
+    lengths = range(min(len(text), len(value) - 1), BEGUN_LENGTH_MIN - 1, -1)
+    return next((count for count in lengths if text.endswith(value[:count])), 0)
 
 
 def _hidden(value: Any) -> Any:

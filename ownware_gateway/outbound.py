@@ -199,9 +199,10 @@ class Limits:
 class Request:
     """What is asked. Only GET and HEAD follow redirects.
 
-    `headers` go to the origin of `url` alone, and to nowhere that it redirects to. A `target` is
-    the path and query in place of the URL's, sent as it is: no `..` in it is resolved and no escape
-    is undone. A request of `once` is not repeated when its connection breaks, whatever its method.
+    `headers` and `body` go to the origin of `url` alone, and to nowhere that it redirects to. A
+    `target` is the path and query in place of the URL's, sent as it is: no `..` in it is resolved
+    and no escape is undone. A request of `once` is not repeated when its connection breaks,
+    whatever its method.
     """
 
     url: str
@@ -306,7 +307,7 @@ class Outbound:
     async def _follow(self, request: Request, url: URL) -> aiohttp.ClientResponse:
         first = url.origin()
         for _ in range(self._limits.redirects_max + 1):
-            response = await self._send(request, url, with_headers=url.origin() == first)
+            response = await self._send(request, url, is_first=url.origin() == first)
             where = response.headers.get("Location") if response.status in _REDIRECTS else None
             follows = self._limits.redirects_max and request.method in ("GET", "HEAD")
             if where is None or not follows:
@@ -326,9 +327,7 @@ class Outbound:
             said = error if isinstance(error, Refused) else "That is not a web address."
             raise Refused(f"{url.host} redirects to where no request may go. {said}") from error
 
-    async def _send(
-        self, request: Request, url: URL, *, with_headers: bool
-    ) -> aiohttp.ClientResponse:
+    async def _send(self, request: Request, url: URL, *, is_first: bool) -> aiohttp.ClientResponse:
         headers = {
             "User-Agent": "ownware-gateway",
             # No other decompressor meets what strangers send, even where one is installed.
@@ -338,8 +337,8 @@ class Outbound:
             return await self.session().request(
                 request.method,
                 url,
-                headers=headers | (dict(request.headers) if with_headers else {}),
-                data=request.body,
+                headers=headers | (dict(request.headers) if is_first else {}),
+                data=request.body if is_first else None,
                 allow_redirects=False,
                 middlewares=(_once,) if request.once else None,
             )

@@ -51,12 +51,16 @@ def allowed_tools(profile: Profile, tools: dict[str, Tool]) -> dict[str, Tool]:
                 preset is None
                 or name in preset
                 or profile.tools.allows(name)
-                or profile.tools.declares(name.partition(SEPARATOR)[0])
-                or (bool(tool.origin) and name in profile.functions)
+                # By their origin: a server may have the very name of a tool that is built in.
+                or (bool(tool.origin) and _is_own(profile, name))
             )
         )
         and not profile.tools.denies(name)
     }
+
+
+def _is_own(profile: Profile, name: str) -> bool:
+    return name in profile.functions or profile.tools.declares(name.partition(SEPARATOR)[0])
 
 
 def judge(profile: Profile, operation: "Operation", grants: Set[str]) -> Verdict:

@@ -141,14 +141,23 @@ def _holds(rule: Rule, name: str, operation: Operation, *, sure: bool) -> Match:
     if value is None:
         return "no"
     if condition.equals is not None:
-        same = type(condition.equals) is type(value) and condition.equals == value
-        return "yes" if same else "no"
+        return _same(condition.equals, value, sure=sure or not operation.tool.origin)
     values = value if isinstance(value, list) else [value]
     if not all(isinstance(item, str) for item in values):
         return "no" if sure else "maybe"
     if sure:
         return _weakest(_fits_text(condition, item, operation) for item in values)
     return _strongest(_may_fit_text(condition, item, operation) for item in values)
+
+
+def _same(wanted: Any, value: Any, *, sure: bool) -> Match:
+    """Return whether a value is this very one.
+
+    One of another kind may become it: another program may take "5" for 5.
+    """
+    if type(wanted) is type(value):
+        return "yes" if wanted == value else "no"
+    return "no" if sure else "maybe"
 
 
 def _default(tool: Tool, name: str) -> Any:

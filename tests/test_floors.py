@@ -326,6 +326,8 @@ PROFILES: Final = Ground(
         "profiles/assistant/skills",
         "profiles/assistant/Tools/new.py",
         "Profiles/assistant/soul.md",
+        "profiles/assistant/shop.yaml",
+        "profiles/assistant/specs/openapi.JSON",
     ],
 )
 def test_no_tool_changes_what_makes_a_profile(path: str) -> None:
@@ -400,3 +402,20 @@ def test_a_link_to_what_makes_a_profile_is_followed(tmp_path: Path) -> None:
     assert shell("echo x > link/SOUL.md", ground) == ("deny", PROFILE)
     assert shell(f"echo x > {profile}/SOUL.md", ground) == ("deny", PROFILE)
     assert shell("echo x > link/other.txt", ground) is None
+
+
+def test_a_path_within_an_argument_of_another_program_is_a_path_too() -> None:
+    theirs = Tool("copy", "", {}, no_call, origin="p/tools/a.py 1")
+
+    def ask_about(ground: Ground, **arguments: Any) -> Verdict | None:
+        return floor(Operation(theirs, arguments, "hash", ("/srv/work",)), ground, Masker())
+
+    key, soul = "/home/me/.ssh/id_rsa", "profiles/a/SOUL.md"
+    for arguments in ({"what": [{"source": key}]}, {"options": {"files": {"first": [key]}}}):
+        found = ask_about(GROUND, **arguments)
+        assert found is not None
+        assert (found.decision, found.rule) == ("deny", KEYS)
+    found = ask_about(PROFILES, options={"path": soul})
+    assert found is not None
+    assert (found.decision, found.rule) == ("ask", PROFILE)
+    assert ask_about(GROUND, options={"text": key}) is None

@@ -391,6 +391,14 @@ async def test_headers_of_a_request_stay_with_its_origin(public: Site) -> None:
     assert ["Authorization" in visit.headers for visit in public.visits] == [True, True, False]
 
 
+async def test_a_body_of_a_get_stays_with_its_origin_too(public: Site) -> None:
+    public.pages["/"] = moved(f"http://other.example:{public.port}/other")
+    public.pages["/other"] = answer("done")
+    url = f"http://public.example:{public.port}/"
+    await fetch(public, url, request=Request(url, body=b"words"))
+    assert [visit.body for visit in public.visits] == [b"words", b""]
+
+
 async def test_a_body_is_not_sent_on_to_where_a_redirect_points(public: Site) -> None:
     public.pages["/"] = moved("/else", status=307)
     request = Request(f"http://public.example:{public.port}/", method="POST", body=b"words")

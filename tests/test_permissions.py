@@ -155,3 +155,11 @@ def test_the_hash_depends_on_everything_else(
 
 def test_the_hash_takes_half_a_character() -> None:
     assert len(operation_hash(b"key", "t", {"a": "\ud800"})) == 64
+
+
+def test_a_server_or_service_brings_no_tool_that_is_built_in_by_its_name() -> None:
+    for field, server in (("mcp", {"command": "true"}), ("services", {"spec": "a.json"})):
+        fields: dict[str, Any] = {"preset": "none", field: {"grep": server}}
+        own = profile(**fields)
+        theirs = Tool("grep__find", "", {}, no_call, origin="it")
+        assert set(allowed_tools(own, {**ALL, "grep__find": theirs})) == {"grep__find"}

@@ -583,6 +583,15 @@ def test_equals_compares_values_and_their_types() -> None:
         assert decide(rules, call("fs__x", force=force, n=number)) == "ask"
 
 
+def test_a_value_of_another_kind_may_be_the_denied_one_for_another_program() -> None:
+    theirs = Tool("shop__delete", "", {}, no_call, origin="shop")
+    rules = profile(when("shop__delete", "deny", id={"equals": 5}), mode="auto")
+    for value, decision in ((5, "deny"), ("5", "ask"), (5.0, "ask"), ([5], "ask"), (6, "run")):
+        assert decide(rules, Operation(theirs, {"id": value}, "hash", ROOTS)) == decision
+    ours = profile(when("edit_file", "deny", replace_all={"equals": True}), mode="auto")
+    assert decide(ours, call("edit_file", path="a", replace_all=False)) == "run"
+
+
 def test_all_conditions_of_a_rule_must_hold() -> None:
     rules = profile(
         when("edit_file", "deny", path={"glob": "*.py"}, new_text={"pattern": "*eval(*"}),

@@ -308,8 +308,11 @@ class Keeper:
             version.custom.memory_mb,
             limit_s,
         )
-        tell = context.progress if context is not None else _nobody
+        tell = partial(self._tell, context) if context is not None else _nobody
         return await perform(work, self._given.watchdog, tell)
+
+    def _tell(self, context: Context, line: str, *, was_cut: bool) -> None:
+        context.progress(f"{self._given.masker.cut(line)}…" if was_cut else line)
 
 
 def _notes(error: ToolFailed) -> str:
@@ -317,7 +320,7 @@ def _notes(error: ToolFailed) -> str:
     return "".join(getattr(error, "__notes__", ()))
 
 
-def _nobody(_line: str) -> None:
+def _nobody(_line: str, *, was_cut: bool) -> None:
     """Leave out what files print when they are imported to be described."""
 
 

@@ -14,7 +14,7 @@ import uuid
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, Protocol
 
 from ownware_gateway.processes import Watchdog, sweep
 from ownware_gateway.tools import ToolFailed
@@ -78,6 +78,14 @@ class Work(NamedTuple):
     limit_s: float
 
 
+class Tell(Protocol):
+    """Who is told what is printed."""
+
+    def __call__(self, line: str, /, *, was_cut: bool) -> None:
+        """Take a line, whose end may have been cut off."""
+        ...
+
+
 class Answer(NamedTuple):
     """What came back, and the last that was written to stderr."""
 
@@ -85,7 +93,7 @@ class Answer(NamedTuple):
     stderr: str
 
 
-async def perform(work: Work, watchdog: Watchdog, progress: Callable[[str], None]) -> Answer:
+async def perform(work: Work, watchdog: Watchdog, progress: Tell) -> Answer:
     """Do some work in a process of its own.
 
     Raises ToolFailed in words that follow a name; what was written to stderr is its note.
@@ -109,7 +117,7 @@ class _Process:
     no cancellation of the caller, however often, can interrupt that.
     """
 
-    def __init__(self, work: Work, watchdog: Watchdog, progress: Callable[[str], None]) -> None:
+    def __init__(self, work: Work, watchdog: Watchdog, progress: Tell) -> None:
         self._loop = asyncio.get_running_loop()
         self._finished: asyncio.Future[None] = self._loop.create_future()
         self._moved = asyncio.Event()
@@ -324,6 +332,12 @@ class _Process:
             stdin.write(request)
         with suppress(BrokenPipeError):
             stdin.close()
+        if hasattr(os, "waitid"):  # Python has none on some systems.
+            os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOWAIT)
+            # All at once, as what forks and ends is gone before it is found; and before its number,
+            # which is that of the group, can be another's.
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
         self._drained.wait(PIPE_GRACE_S)
         sweep(self._process.pid, f"{MARK}={self._mark}".encode())
@@ -339,7 +353,7 @@ class _Process:
 class _Progress:
     """Tells what is printed line by line, short, and not without end."""
 
-    def __init__(self, tell: Callable[[str], None]) -> None:
+    def __init__(self, tell: Tell) -> None:
         self._tell = tell
         self._told = 0
         self._begun = b""
@@ -354,8 +368,9 @@ class _Progress:
         for line in filter(bytes.strip, lines):
             self._told += 1
             if self._told > PROGRESS_LINES_MAX:
-                self._tell(f"… (only the first {PROGRESS_LINES_MAX} lines are shown while it runs)")
+                most = f"… (only the first {PROGRESS_LINES_MAX} lines are shown while it runs)"
+                self._tell(most, was_cut=False)
                 return
             text = line[: 4 * PROGRESS_LINE_CHARS_MAX + 1].decode("utf-8", "replace").rstrip("\r")
             long = len(text) > PROGRESS_LINE_CHARS_MAX
-            self._tell(text[:PROGRESS_LINE_CHARS_MAX] + "…" if long else text)
+            self._tell(text[:PROGRESS_LINE_CHARS_MAX], was_cut=long)

@@ -23,6 +23,9 @@ FILE_BYTES_MAX: Final = 1_048_576
 #: folder takes its place.
 PLAIN: Final = "plain"
 
+#: Most values of a YAML file, each counted wherever its name stands for it.
+YAML_VALUES_MAX: Final = 100_000
+
 #: Fields of a profile that stand in none of its AGENT_FILES.
 _KEPT_ELSEWHERE: Final = {
     "soul": "the text of SOUL.md beside it",
@@ -277,6 +280,22 @@ def _parse_yaml(text: str) -> Any:
     import yaml
 
     try:
-        return yaml.safe_load(text)
+        value = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ValueError(str(error)) from error
+    _check_values(value)
+    return value
+
+
+def _check_values(value: Any) -> None:
+    """Raise ValueError where there are too many: a few lines can stand for millions."""
+    left, count = [value], 0
+    while left:
+        item = left.pop()
+        count += 1
+        if count > YAML_VALUES_MAX:
+            raise ValueError(f"it stands for more than {YAML_VALUES_MAX} values")
+        if isinstance(item, dict):
+            left.extend(item.values())
+        elif isinstance(item, list):
+            left.extend(item)

@@ -3,7 +3,7 @@
 import re
 from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, JsonValue, model_validator
 from pydantic_core import PydanticCustomError
 
 from ownware_gateway.masking import MASK
@@ -78,7 +78,7 @@ class Login(Strict):
     url: str | None = Field(default=None, pattern=_ADDRESS)
     path: str | None = Field(default=None, pattern=r"^/")
     headers: _Headers = Field(default_factory=dict)
-    body: dict[str, Any] | None = None
+    body: dict[str, JsonValue] | None = None
     take: Take
     as_: Given = Field(
         default_factory=lambda: Given(header="Authorization", prefix="Bearer "), alias="as"

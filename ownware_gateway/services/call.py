@@ -1,7 +1,7 @@
 """One call of an operation: logged in if need be, sent once, and what came of it."""
 
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Final, NamedTuple
 
@@ -35,8 +35,10 @@ class Ways(NamedTuple):
     timeout_s: float
 
 
-async def call(ways: Ways, operation: Operation, arguments: Mapping[str, Any]) -> Output:
-    """Call an operation. Raises ToolFailed in words for the model, without secrets."""
+async def call(
+    ways: Ways, operation: Operation, arguments: Mapping[str, Any], cut: Callable[[str], str]
+) -> Output:
+    """Call an operation; `cut` is as for `render`. Raises ToolFailed in words for the model."""
     boundary = secrets.token_hex(16)
     built = build(operation, arguments, ways.filled, ways.base_path, boundary)
     limits = Limits(
@@ -49,7 +51,7 @@ async def call(ways: Ways, operation: Operation, arguments: Mapping[str, Any]) -
     # knows whether the request has had its effect.
     async with Outbound(ways.policy, limits, ways.resolver) as outbound:
         answered = await _logged_in(ways, operation, built, outbound)
-    return render(answered, f"{operation.method} {operation.path}")
+    return render(answered, f"{operation.method} {operation.path}", cut)
 
 
 async def _logged_in(

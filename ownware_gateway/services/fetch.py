@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import os
+import stat
 from collections.abc import Mapping
 from ipaddress import ip_network
 from pathlib import Path
@@ -104,7 +106,7 @@ class Fetcher(NamedTuple):
         """Return a description, if it is not the one of the stamp. Raises Unchanged, Wrong."""
         limits = Limits(bytes_max=SPEC_BYTES_MAX, total_s=SPEC_TIMEOUT_S)
         async with Outbound(self.policy, limits, self.resolver) as outbound:
-            text, root, tag = await self._one(outbound, spec, stamp)
+            text, root, tag = await self._one(outbound, spec, stamp, self.headers)
             found = {root: await asyncio.to_thread(parse, text, root)}
             size = len(text)
             while wanted := await asyncio.to_thread(_wanted, found):
@@ -112,7 +114,9 @@ class Fetcher(NamedTuple):
                 _check_count(found)
                 if origin(uri) != origin(root):
                     raise Wrong(f"it refers to another server: {shown_url(uri)[:200]}")
-                text, _, _ = await self._one(outbound, uri, None)
+                # The first may have come by a redirect, whose server is given nothing.
+                own = origin(uri) == origin(spec)
+                text, _, _ = await self._one(outbound, uri, None, self.headers if own else {})
                 size += len(text)
                 if size > SPEC_BYTES_MAX:
                     raise Wrong(f"it has more than {SPEC_BYTES_MAX} bytes")
@@ -120,10 +124,10 @@ class Fetcher(NamedTuple):
         # Only the first is asked for by its tag: what it refers to may change with it as well.
         return Documents(found, root, tag if len(found) == 1 else None)
 
-    async def _one(self, outbound: Outbound, uri: str, stamp: Any) -> tuple[bytes, str, str | None]:
-        headers = {"Accept": "application/json, application/yaml;q=0.9, */*;q=0.5"} | {
-            **self.headers
-        }
+    async def _one(
+        self, outbound: Outbound, uri: str, stamp: Any, given: Mapping[str, str]
+    ) -> tuple[bytes, str, str | None]:
+        headers = {"Accept": "application/json, application/yaml;q=0.9, */*;q=0.5"} | {**given}
         if isinstance(stamp, str):
             headers["If-None-Match"] = stamp
         where = shown_url(uri)[:200]
@@ -167,11 +171,18 @@ def read_files(path: Path, stamp: Any) -> Documents:
 
 
 def _read(path: Path, uri: str) -> Any:
-    with path.open("rb") as opened:
+    with open(path, "rb", opener=_at_once) as opened:
+        if not stat.S_ISREG(os.fstat(opened.fileno()).st_mode):
+            raise Wrong(f"{path} is not a regular file")
         data = opened.read(SPEC_BYTES_MAX + 1)
     if len(data) > SPEC_BYTES_MAX:
         raise Wrong(f"the file {path} has more than {SPEC_BYTES_MAX} bytes")
     return parse(data, uri)
+
+
+def _at_once(path: str, flags: int) -> int:
+    """Open a file without waiting, as for the other end of a named pipe, which may never come."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def _stamp(files: list[Path]) -> tuple[tuple[str, int, int], ...]:

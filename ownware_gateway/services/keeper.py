@@ -255,7 +255,7 @@ class Keeper:
     ) -> Output:
         try:
             async with self._free:
-                return await call(ways, operation, arguments)
+                return await call(ways, operation, arguments, self._given.masker.cut)
         except ToolFailed as error:
             raise ToolFailed(f"The service {self.name!r}: {error}") from None
 

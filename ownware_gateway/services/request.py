@@ -129,8 +129,9 @@ def _path(operation: Operation, arguments: Mapping[str, Any], filled: Filled) ->
         for part in parts
     )
     for segment in path.split("/"):
-        # Some servers undo the escapes before they look for the segments, and some do it twice.
-        if {".", ".."} & {*re.split(r"[/\\]", unquote(unquote(segment)))}:
+        # Some servers undo the escapes before they look for the segments, and some do it twice;
+        # some leave out what follows a semicolon.
+        if {".", ".."} & {*re.split(r"[/\\;]", unquote(unquote(segment)))}:
             raise ToolFailed(f"A value of {operation.name} would lead to another path.")
     return path
 
@@ -255,7 +256,9 @@ def _body(
     injected = {one.name: value for one, value in filled.inject if one.in_ == "body"}
     value = _value(operation, body, arguments)
     if isinstance(value, dict):
-        value = {**value, **injected}
+        # However it is written: some services take the one name for the other.
+        own = {name.lower() for name in injected}
+        value = {name: item for name, item in value.items() if name.lower() not in own} | injected
     if value is None or (value == {} and body.whole is None):
         return None, None
     match body.kind:

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Final, NamedTuple
 
@@ -29,12 +30,19 @@ class Answered(NamedTuple):
     is_whole: bool
 
 
-def render(answered: Answered, call: str) -> Output:
-    """Return the output of a call, which `call` names. Raises ToolFailed for what is no success."""
+def render(answered: Answered, call: str, cut: Callable[[str], str] = str) -> Output:
+    """Return the output of a call, which `call` names. Raises ToolFailed for what is no success.
+
+    `cut` is given what is left of a text that was cut, see `Masker.cut`.
+    """
+    text = _text(answered)
+    if not answered.is_whole:
+        text = cut(text)
     if not 200 <= answered.status < 300:
-        said = _text(answered)[:ERROR_CHARS_MAX].strip() or "no explanation"
+        said = text if len(text) <= ERROR_CHARS_MAX else cut(text[:ERROR_CHARS_MAX])
+        said = said.strip() or "no explanation"
         raise ToolFailed(f"HTTP {answered.status} from {call}: {said}")
-    output = clip(_text(answered) or f"[HTTP {answered.status}, without a body]")
+    output = clip(text or f"[HTTP {answered.status}, without a body]")
     if answered.is_whole:
         return replace(output, content=_parts(answered, call))
     note = f"\n[cut: only the first {len(answered.body)} bytes of the answer were read]"

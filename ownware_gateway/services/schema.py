@@ -46,6 +46,14 @@ _JOINED: Final = frozenset(
 Resolver = Any
 
 
+def plain_text(value: Any) -> str:
+    """Return a plain value as text, and nothing for any other.
+
+    In YAML a few lines can stand for a list of millions, whose text no memory holds.
+    """
+    return str(value) if isinstance(value, str | int | float) else ""
+
+
 class TooLarge(Exception):
     """A schema does not fit, however much is left out of it."""
 
@@ -186,7 +194,7 @@ def _called(refs: tuple[tuple[int, str], ...]) -> str:
 
 def _open(schema: Mapping[str, Any], why: str) -> dict[str, Any]:
     """Return a schema without its parts."""
-    said = str(schema.get("description") or schema.get("title") or "")[:_TEXT_CHARS_MAX]
+    said = plain_text(schema.get("description") or schema.get("title"))[:_TEXT_CHARS_MAX]
     kind = schema.get("type")
     if kind is None and any(name in schema for name in ("properties", "additionalProperties")):
         kind = "object"

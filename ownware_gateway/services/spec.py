@@ -21,6 +21,7 @@ from ownware_gateway.services.schema import (
     Wrong,
     follow,
     place,
+    plain_text,
 )
 from ownware_gateway.tools.names import NAME_CHARS_MAX, argument_name, tool_name
 
@@ -113,7 +114,7 @@ def describe(name: str, settings: Service, documents: Mapping[str, Any], root: s
 def _check_version(document: Any) -> None:
     if not isinstance(document, dict):
         raise Wrong("it is no OpenAPI document: it holds no object")
-    version = str(document.get("openapi", ""))
+    version = plain_text(document.get("openapi"))
     if "swagger" in document and not version:
         raise Wrong("it is of OpenAPI 2.0, and 3.0 and 3.1 are understood; convert it first")
     if not re.match(r"3\.[01](?:\.|$)", version):
@@ -134,9 +135,9 @@ def _server(document: Mapping[str, Any], root: str) -> str | None:
 
     def default(found: re.Match[str]) -> str:
         variable = variables.get(found[1])
-        return str(variable.get("default", "")) if isinstance(variable, dict) else ""
+        return plain_text(variable.get("default")) if isinstance(variable, dict) else ""
 
-    url = urljoin(root, _TEMPLATE.sub(default, str(first.get("url", "/"))))
+    url = urljoin(root, _TEMPLATE.sub(default, plain_text(first.get("url", "/"))))
     return url if re.match(r"https?://[^/]", url) else None
 
 
@@ -264,7 +265,7 @@ class _Reader:
 
     def _description(self, wire_name: str) -> str:
         fields = self._operation.value
-        said = [str(fields.get(name) or "").strip() for name in ("summary", "description")]
+        said = [plain_text(fields.get(name)).strip() for name in ("summary", "description")]
         if said[1].startswith(said[0]):
             said = said[1:]
         text = "\n\n".join(part for part in said if part) or wire_name
@@ -282,7 +283,7 @@ class _Reader:
                 if not isinstance(parameter.value, dict):
                     raise Wrong("a parameter is no object")
                 fields = parameter.value
-                found[str(fields.get("in")), str(fields.get("name"))] = parameter
+                found[plain_text(fields.get("in")), plain_text(fields.get("name"))] = parameter
         if len(found) > PARAMETERS_MAX:
             raise _LeftOut(f"it has {len(found)} parameters, {PARAMETERS_MAX} are allowed")
         for (where, wire), parameter in found.items():
@@ -306,7 +307,8 @@ class _Reader:
         self, where: Place, wire: str, parameter: Placed, arguments: "_Arguments"
     ) -> Parameter:
         fields = parameter.value
-        style = str(fields.get("style") or ("form" if where in ("query", "cookie") else "simple"))
+        usual = "form" if where in ("query", "cookie") else "simple"
+        style = plain_text(fields.get("style") or usual)
         if style not in _STYLES[where]:
             raise _LeftOut(f"the style {style[:20]!r} of {wire[:100]!r} is not known")
         schema, as_json = _schema_of(parameter)

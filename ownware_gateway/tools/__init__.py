@@ -31,6 +31,9 @@ VALUE_DEPTH_MAX: Final = 64
 #: How long a call may take unless its tool says otherwise.
 TIMEOUT_S: Final = 120.0
 
+#: How deep arguments may be nested: what looks at them goes as deep as they do.
+ARGUMENTS_DEPTH_MAX: Final = 64
+
 
 class ToolFailed(Exception):
     """A call went wrong in a way the model can act on; the message is its result."""
@@ -227,6 +230,10 @@ def parse_arguments(tool: Tool, text: str) -> dict[str, Any]:
         arguments = json.loads(text or "{}")
     except (ValueError, RecursionError) as error:
         raise ToolFailed(f"The arguments of {tool.name} are not JSON: {error}.") from None
+    if _is_deep(arguments):
+        raise ToolFailed(
+            f"The arguments of {tool.name} are nested more than {ARGUMENTS_DEPTH_MAX} deep."
+        )
     if tool.origin:
         return _of_another(tool, arguments)
     if _Schemas.validator is None:
@@ -243,6 +250,15 @@ def parse_arguments(tool: Tool, text: str) -> dict[str, Any]:
         raise ToolFailed(f"The arguments of {tool.name} do not fit: {said[:1000]}.")
     assert isinstance(arguments, dict), tool.input_schema
     return arguments
+
+
+def _is_deep(value: Any) -> bool:
+    level = [value]
+    for _ in range(ARGUMENTS_DEPTH_MAX + 1):
+        level = [item for item in level if isinstance(item, dict | list)]
+        inner = (item.values() if isinstance(item, dict) else item for item in level)
+        level = [item for items in inner for item in items]
+    return bool(level)
 
 
 def _of_another(tool: Tool, arguments: Any) -> dict[str, Any]:

@@ -235,6 +235,34 @@ async def test_a_tool_has_the_variables_that_its_profile_names_and_no_others(
     assert "need variables that the gateway does not have: WEATHER_KEY" in result
 
 
+async def test_a_secret_that_is_cut_off_in_what_a_tool_says_is_not_seen_in_part(
+    start_gateway: Gateways,
+    http: Http,
+    provider: Provider,
+    make_profile: MakeProfile,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("WEATHER_TOKEN", "weather-" + "of-tomorrow")
+    custom = {"env": {"WEATHER_TOKEN": "${env:WEATHER_TOKEN}"}}
+    tools = {"preset": "none", "custom": custom}
+    profile = make_profile("assistant", tools=tools, security=AUTO)
+    show = '''
+        import os
+
+        def show() -> str:
+            """Show the token where there is no room for all of it."""
+            print("x" * 190 + os.environ["WEATHER_TOKEN"])
+            return "x" * 65_526 + os.environ["WEATHER_TOKEN"]
+    '''
+    write_tools(profile, show=show)
+    up = await start_gateway(trust_profiles=True)
+    said = await called(http, up.url, provider, Call("show"))
+    (line,) = (event["progress"] for event in said if event["type"] == "tool.call.progress")
+    assert line == "x" * 190 + "[secret]…"
+    assert "x[secret]" in ends(said)["show"][0]
+    assert "of-tomorrow" not in str(said)
+
+
 async def test_sixteen_calls_at_once_are_sixteen_processes(
     start_gateway: Gateways, http: Http, provider: Provider, make_profile: MakeProfile
 ) -> None:

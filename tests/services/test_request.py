@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from ownware_gateway.masking import Masker
 from ownware_gateway.profile.services import Service
 from ownware_gateway.services.config import fill, secrets
 from ownware_gateway.services.request import Borne, Built, bear, build
@@ -91,7 +92,7 @@ def test_a_value_stays_in_its_segment_of_the_path(value: Any, text: str) -> None
 
 
 @pytest.mark.parametrize(
-    "value", ["..", ".", "../x", "a/../../x", "%2e%2e", "..%2fx", "..\\x", "x/.."]
+    "value", ["..", ".", "../x", "a/../../x", "%2e%2e", "..%2fx", "..\\x", "x/..", "..;", "..%3bx"]
 )
 def test_a_value_that_leads_to_another_path_is_refused(value: str) -> None:
     with pytest.raises(ToolFailed, match="would lead to another path"):
@@ -279,3 +280,21 @@ def test_what_must_not_be_seen_is_what_may_be_secret_and_no_more() -> None:
         *("Bearer one-part", "Bearer%20one-part", "Bearer+one-part", "one-part"),
         *("two three", "two%20three", "two+three"),
     }
+
+
+def test_what_is_injected_into_a_body_wins_however_the_model_writes_its_name() -> None:
+    schema = {"type": "object", "properties": {"a": {}}, "additionalProperties": True}
+    operation = {"requestBody": {"content": {"application/json": {"schema": schema}}}}
+    inject = [{"name": "tenant", "in": "body", "value": "north"}]
+    said = {"a": 1, "TENANT": "south", "Tenant": "south", "tenant": "south", "b": 2}
+    body = built(operation, said, inject=inject).body
+    assert json.loads(body or b"") == {"a": 1, "b": 2, "tenant": "north"}
+
+
+def test_a_secret_that_a_cut_goes_through_is_not_told_in_part() -> None:
+    cut = Masker({"abcdefghijkl"}).cut
+    with pytest.raises(ToolFailed) as caught:
+        render(answered(b"x" * 1_990 + b"abcdefghijkl", "text/plain", 500), "GET /a", cut)
+    assert str(caught.value).endswith("x[secret]")
+    short = answered(b"ends with abcdef", "text/plain")
+    assert render(short, "GET /a", cut).text == "ends with abcdef"

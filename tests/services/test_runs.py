@@ -10,6 +10,7 @@ import aiohttp
 import pytest
 
 from ownware_gateway.errors import BootError
+from ownware_gateway.outbound import Policy
 from ownware_gateway.services.fetch import Fetcher, policy
 from ownware_gateway.services.schema import Wrong
 from tests.gateway import Gateways, get_json, post_json, run_events, start_run, until_status
@@ -17,7 +18,7 @@ from tests.mcp.test_runs import AUTO, calls, ends, offered
 from tests.pictures import png
 from tests.provider import Call, Provider, Reply
 from tests.services.shop import PASSWORD, SESSION, Shop
-from tests.sites import Names, Site, answer
+from tests.sites import Names, Site, answer, moved
 
 Http = aiohttp.ClientSession
 MakeProfile = Callable[..., Path]
@@ -565,6 +566,50 @@ async def test_what_is_configured_goes_to_no_other_server_that_has_the_descripti
         assert ["X-Key" in visit.headers for visit in other.visits] == [False]
     assert ["X-Key" in came.headers for came in shop.spec_requests] == [True]
     assert shop.came[0].headers["X-Key"] == "for the shop alone"
+
+
+async def test_what_is_configured_does_not_follow_a_description_that_has_moved() -> None:
+    async with Site() as site, Site() as other:
+        site.pages["/openapi.json"] = moved(f"{other.url}/openapi.json")
+        parameter = {"$ref": "parts.json"}
+        paths = {"/a": {"get": {"operationId": "a", "parameters": [parameter]}}}
+        document = {"openapi": "3.1.0", "paths": paths}
+        other.pages["/openapi.json"] = answer(json.dumps(document), "application/json")
+        other.pages["/parts.json"] = answer('{"name": "q", "in": "query"}', "application/json")
+        hosts = frozenset((url.host, url.port) for url in (site, other))
+        headers = {"X-Key": "for the shop alone"}
+        fetcher = Fetcher(
+            Policy(ports=frozenset({site.port, other.port}), hosts=hosts), None, headers
+        )
+        found = await fetcher.documents(f"{site.url}/openapi.json", None)
+        assert len(found.by_uri) == 2
+    assert ["X-Key" in visit.headers for visit in site.visits] == [True]
+    assert ["X-Key" in visit.headers for visit in other.visits] == [False, False]
+
+
+async def test_an_added_server_does_not_take_the_name_of_a_service(
+    start_gateway: Gateways, http: Http, make_profile: MakeProfile, shop: Shop, tmp_path: Path
+) -> None:
+    make_profile("assistant")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "services.json").write_text(
+        json.dumps({"services": {"x": shop.settings()}})
+    )
+    up = await start_gateway(mcp_add=True)
+    code, said = await post_json(http, up.url, "/mcp/servers", {"name": "x", "command": "true"})
+    assert (code, said["error"]) == (409, "server_exists")
+
+
+async def test_arguments_that_are_nested_without_end_cost_the_call_and_not_the_run(
+    start_gateway: Gateways, http: Http, provider: Provider, make_profile: MakeProfile, shop: Shop
+) -> None:
+    tools = {"preset": "none", "services": {"s": shop.settings()}}
+    make_profile("assistant", tools=tools, security=AUTO)
+    up = await start_gateway()
+    deep = [Call("s__addItem", '{"name": ' + "[" * count + "]" * count + "}") for count in (300, 9)]
+    first, second = await calls(http, up.url, provider, *deep)
+    assert first == ("The arguments of s__addItem are nested more than 64 deep.", True)
+    assert not second[1], second
 
 
 @pytest.mark.parametrize(

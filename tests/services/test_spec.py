@@ -1,6 +1,7 @@
 """Descriptions of services as operations: names, arguments, bodies, schemas, what is left out."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -447,6 +448,33 @@ def test_yaml_that_holds_itself_or_multiplies_is_bounded() -> None:
     found = describe("s", Service(spec="x"), {ROOT: parse(text, ROOT)}, ROOT)
     assert "c" in [item.wire_name for item in found.operations]
     assert all(len(json.dumps(item.input_schema)) <= SCHEMA_BYTES_MAX for item in found.operations)
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        "summary: *k",
+        "description: *k",
+        "parameters: [{name: *k, in: query}]",
+        "parameters: [{name: q, in: *k}]",
+        "parameters: [{name: q, in: query, style: *k}]",
+    ],
+)
+def test_what_multiplies_is_no_text(field: str) -> None:
+    bomb = "a: &a [x, x]\n" + "".join(
+        f"{chr(name)}: &{chr(name)} [{', '.join([f'*{chr(name - 1)}'] * 9)}]\n"
+        for name in range(ord("b"), ord("m"))
+    )
+    text = f"openapi: 3.1.0\n{bomb}servers: [{{url: *k}}]\npaths: {{/a: {{get: {{{field}}}}}}}\n"
+    found = describe("s", Service(spec="x"), {ROOT: parse(text.encode(), ROOT)}, ROOT)
+    assert len(found.operations) + len(found.left_out) == 1
+
+
+def test_a_description_is_a_regular_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.json")
+    for path in (tmp_path / "pipe.json", Path("/dev/zero")):
+        with pytest.raises(Wrong, match="is not a regular file"):
+            read_files(path, None)
 
 
 def test_files_refer_to_those_beside_them_and_to_no_others(tmp_path: Path) -> None:

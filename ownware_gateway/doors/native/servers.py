@@ -12,6 +12,7 @@ from ownware_gateway.masking import Masker
 from ownware_gateway.mcp import OfferedTool, Servers, ServerStatus, Source
 from ownware_gateway.profile.explain import explain
 from ownware_gateway.profile.servers import McpServer, ServerName
+from ownware_gateway.services import Services
 
 #: The longest name of a tool that can be called.
 NAME_CHARS_MAX: Final = 256
@@ -54,6 +55,7 @@ class ServerHandlers:
     """The handlers; `_servers` is what they open onto."""
 
     _servers: Servers
+    _services: Services
     _servers_may_be_added: bool
 
     def server_routes(self, base: str) -> list[web.RouteDef]:
@@ -111,6 +113,11 @@ class ServerHandlers:
         name = body.name or body.id
         if name is None:
             raise GatewayError("invalid_request", "The field 'name' is required.")
+        if any(item.id == name for item in self._services.statuses()):
+            # Else it would have the names of that service's tools, and what people allowed them.
+            raise GatewayError(
+                "server_exists", f"A service is named {name!r}: choose another name."
+            )
         status = await self._servers.add(name, body.server())
         return answer(_shape(status), 201, Location=f"{request.path}/{status.id}")
 
