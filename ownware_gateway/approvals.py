@@ -9,8 +9,7 @@ import contextlib
 import itertools
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 from ownware_gateway.errors import GatewayError
 from ownware_gateway.events import Answers, DecidedBy, PermissionResponse, QuestionResponse
@@ -30,8 +29,7 @@ EXPIRE_TOGETHER_MAX: Final = 100
 _log: Final = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Decision:
+class Decision(NamedTuple):
     """A person's answer; `operation_hash` binds it to what was shown.
 
     `answer` is for a question that wants words; where the person declines it, as for a permission

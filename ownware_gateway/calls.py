@@ -81,8 +81,7 @@ _KEY_BEGINS: Final = re.compile("-----BEGIN [A-Z ]*PRIVATE KEY")
 _log: Final = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Parts:
+class Parts(NamedTuple):
     """What every run is driven with."""
 
     log: Log

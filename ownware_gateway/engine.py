@@ -9,7 +9,7 @@ import contextlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Final, Literal
+from typing import Final, Literal, NamedTuple
 
 from ownware_gateway.approvals import Approvals
 from ownware_gateway.budgets import Budgets
@@ -115,8 +115,7 @@ class Begun(Exception):
     """The thread that was to begin exists: somebody else has begun it just now."""
 
 
-@dataclass(frozen=True, slots=True)
-class Started:
+class Started(NamedTuple):
     """A run that is durable; `fallback` says why another model answers, if one does.
 
     `replayed` means that the same request had started it before.
@@ -138,8 +137,7 @@ class _Slot:
     history: list[RunFacts] = field(default_factory=list)
 
 
-@dataclass(frozen=True, slots=True)
-class _Fresh:
+class _Fresh(NamedTuple):
     """A run that begins: what it is driven with need not be read from the log."""
 
     run: Run

@@ -339,8 +339,7 @@ def over_budget(why: str) -> Finish:
     return Finish("failed", "budget_exceeded", "budget_exceeded", why)
 
 
-@dataclass(frozen=True, slots=True)
-class Retry:
+class Retry(NamedTuple):
     """Try the model call again after a while."""
 
     delay_s: float

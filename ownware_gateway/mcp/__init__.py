@@ -1,8 +1,7 @@
 """MCP servers, programs whose tools agents may use: the contract of what keeps them."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Final, Literal, Protocol
+from typing import Any, Final, Literal, NamedTuple, Protocol
 
 from ownware_gateway.profile import Profile
 from ownware_gateway.profile.servers import McpServer
@@ -22,8 +21,7 @@ State = Literal["stopped", "starting", "ready", "waiting", "failed"]
 Source = Literal["config", "catalog", "api", "profile"]
 
 
-@dataclass(frozen=True, slots=True)
-class OfferedTool:
+class OfferedTool(NamedTuple):
     """A tool as its server offers it, under the name that agents call it by."""
 
     name: str
@@ -35,8 +33,7 @@ class OfferedTool:
     idempotent: bool | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class ServerStatus:
+class ServerStatus(NamedTuple):
     """How a server is. `left_out` says which of its tools cannot be offered, and why.
 
     `stderr` are the last lines that it wrote there, secrets masked; `missing_env` the variables
@@ -61,11 +58,10 @@ class ServerStatus:
     version: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Called:
+class Called(NamedTuple):
     """What a direct call gave back: an output, or the reason why there is none."""
 
-    output: Output | None = field(default=None)
+    output: Output | None = None
     error: str | None = None
 
 

@@ -11,10 +11,9 @@ import importlib.util
 import json
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
 from ownware_gateway.masking import Masker
 from ownware_gateway.mcp import SDK_MISSING, OfferedTool, State
@@ -113,8 +112,7 @@ class Attention:
             end()
 
 
-@dataclass(frozen=True, slots=True)
-class Means:
+class Means(NamedTuple):
     """What a local server is started with, beside its own settings; `started` gets the process."""
 
     environment: Mapping[str, str]
@@ -155,8 +153,7 @@ class Connection(Protocol):
 Use = Callable[[Connection], Awaitable[None]]
 
 
-@dataclass(frozen=True, slots=True)
-class Given:
+class Given(NamedTuple):
     """What every keeper works with.
 
     `lookup` reads a variable of the gateway's own environment; `environment` is what every local

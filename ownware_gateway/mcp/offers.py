@@ -5,7 +5,6 @@ Pure, and without the SDK: a tool comes in as the JSON of `tools/list`.
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any, Final
 
 from ownware_gateway.mcp import OfferedTool
@@ -32,7 +31,7 @@ def offers(server: str, listed: Sequence[Mapping[str, Any]]) -> tuple[list[Offer
         tool = _offer(server, item)
         if tool.name in taken:
             # Two names that differ only in what providers don't take.
-            tool = replace(tool, name=tool_name(server, wire_name, distinct=True))
+            tool = tool._replace(name=tool_name(server, wire_name, distinct=True))
         taken.setdefault(tool.name, tool)
     more = len(left_out) - LEFT_OUT_MAX
     if more > 0:

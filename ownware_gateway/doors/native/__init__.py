@@ -5,8 +5,8 @@ The contract is docs/protocol.md.
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from typing import Any, Final
+from dataclasses import replace
+from typing import Any, Final, NamedTuple
 
 from aiohttp import web
 
@@ -84,8 +84,7 @@ _STATUSES: Final = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class NativeParts:
+class NativeParts(NamedTuple):
     """What the door opens onto."""
 
     engine: Engine
