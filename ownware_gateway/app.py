@@ -7,7 +7,7 @@ import logging
 import secrets
 import socket
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -117,6 +117,17 @@ def tools(settings: Settings | None = None) -> dict[str, Tool]:
     return {tool.name: tool for tool in (*local, *web_tools.tools(settings or Settings()))}
 
 
+def may_name(settings: Settings) -> Known:
+    """Return what profiles may name. Raises BootError for a file of servers or services."""
+    brought = {**Knowledge(Masker(), lambda: 0).known(), **Spawning().known()}
+    known = {**tools(settings), **brought}
+    servers = ServerFiles(settings.data_path / FILE_NAME, _file(settings.mcp_config))
+    services = ServiceFiles(
+        settings.data_path / SERVICES_FILE_NAME, _file(settings.services_config)
+    )
+    return _known(known, lambda: servers.known, lambda: services.known)
+
+
 def trust(settings: Settings) -> Trust:
     """Return whose own tools the operator lets run."""
     return Trust(settings.trust_profiles, frozenset(settings.trust_profile))
@@ -149,7 +160,7 @@ async def gateway(settings: Settings) -> AsyncIterator[Gateway]:
         known = tools(settings)
         knowledge, spawning = Knowledge(masker, clock_ms), Spawning()
         brought = {**knowledge.known(), **spawning.known()}
-        names = _known({**known, **brought}, servers, services)
+        names = _known({**known, **brought}, servers.names, services.names)
         profiles = Profiles(Path(settings.profiles), names, workspace)
         catalogue = KnownModels(settings)
         stack.push_async_callback(catalogue.close)
@@ -274,16 +285,15 @@ def _servers(
         watchdog=Watchdog(),
         tasks=set(),
     )
-    named = Path(settings.mcp_config).expanduser() if settings.mcp_config else None
-    return Supervisor(ServerFiles(data_dir.path / FILE_NAME, named), given)
+    files = ServerFiles(data_dir.path / FILE_NAME, _file(settings.mcp_config))
+    return Supervisor(files, given)
 
 
 def _services(
     settings: Settings, data_dir: DataDir, masker: Masker, servers: Supervisor
 ) -> Registry:
     """Return what keeps the services; raises BootError when a file of them is wrong."""
-    named = Path(settings.services_config).expanduser() if settings.services_config else None
-    files = ServiceFiles(data_dir.path / SERVICES_FILE_NAME, named)
+    files = ServiceFiles(data_dir.path / SERVICES_FILE_NAME, _file(settings.services_config))
     return Registry(files, own_variable, masker, servers.names)
 
 
@@ -294,10 +304,18 @@ def _own_tools(settings: Settings, workspace: Path, masker: Masker) -> OwnTools:
     return OwnTools(trust(settings), given)
 
 
-def _known(tools: Mapping[str, Tool], servers: Supervisor, services: Registry) -> Known:
+def _file(named: str) -> Path | None:
+    return Path(named).expanduser() if named else None
+
+
+def _known(
+    tools: Mapping[str, Tool],
+    servers: Callable[[], Collection[str]],
+    services: Callable[[], Collection[str]],
+) -> Known:
     """Return what a profile may name."""
     arguments = {name: tool.input_schema.get("properties", {}) for name, tool in tools.items()}
-    return Known(arguments, servers.names, services.names)
+    return Known(arguments, servers, services)
 
 
 async def _name_server(_request: web.Request, response: web.StreamResponse) -> None:

@@ -24,7 +24,7 @@ from typing import Any, Final, Never
 from pydantic import ValidationError
 
 from ownware_gateway import __version__, datadir
-from ownware_gateway.app import DEMO_ID, Gateway, gateway, trust
+from ownware_gateway.app import DEMO_ID, Gateway, gateway, may_name, trust
 from ownware_gateway.client import Client, ClientError
 from ownware_gateway.doctor import examine
 from ownware_gateway.errors import BootError, GatewayError
@@ -513,7 +513,8 @@ async def _print_log(arguments: argparse.Namespace) -> int:
 def _doctor(arguments: argparse.Namespace) -> int:
     settings = _settings(arguments)
     failed = False
-    for finding in examine(settings.data_path, Path(settings.profiles), trust(settings)):
+    known = functools.partial(may_name, settings)
+    for finding in examine(settings.data_path, Path(settings.profiles), trust(settings), known):
         failed |= finding.level == "fail"
         say(f"{finding.level:<5} {finding.text}")
     return int(failed)

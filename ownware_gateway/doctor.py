@@ -5,7 +5,7 @@ import shutil
 import sqlite3
 import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
@@ -16,6 +16,7 @@ from ownware_gateway.datadir import DATABASE, LOCK_FILE, TOKEN_FILE, read_token,
 from ownware_gateway.errors import BootError
 from ownware_gateway.log.backup import check, count_unfinished
 from ownware_gateway.profile.folder import Profiles
+from ownware_gateway.profile.names import Known
 
 #: Less free space than this is worth a word: the log stops when there is none.
 FREE_BYTES_MIN: Final = 1_073_741_824
@@ -36,8 +37,16 @@ class Finding:
     text: str
 
 
-def examine(data_dir: Path, profiles: Path, trust: Trust | None = None) -> Iterator[Finding]:
-    """Look at everything, and yield what is found as it is found. Changes nothing."""
+def examine(
+    data_dir: Path,
+    profiles: Path,
+    trust: Trust | None = None,
+    known: Callable[[], Known | None] = lambda: None,
+) -> Iterator[Finding]:
+    """Look at everything, and yield what is found as it is found. Changes nothing.
+
+    `known` returns what profiles may name, and raises BootError when that cannot be read.
+    """
     yield Finding(
         "ok",
         f"Ownware Gateway {__version__}, Python {sys.version.split()[0]}, "
@@ -51,7 +60,12 @@ def examine(data_dir: Path, profiles: Path, trust: Trust | None = None) -> Itera
     yield from _token(data_dir)
     yield from _disk(data_dir)
     yield from _log(data_dir / DATABASE)
-    yield from _profiles(profiles, trust or Trust())
+    try:
+        names = known()
+    except BootError as error:
+        yield Finding("fail", str(error))
+        names = None
+    yield from _profiles(Profiles(profiles, names), profiles, trust or Trust())
 
 
 def _modes(data_dir: Path) -> Iterator[Finding]:
@@ -127,8 +141,7 @@ def _log(database: Path) -> Iterator[Finding]:
         )
 
 
-def _profiles(folder: Path, trust: Trust) -> Iterator[Finding]:
-    profiles = Profiles(folder)
+def _profiles(profiles: Profiles, folder: Path, trust: Trust) -> Iterator[Finding]:
     names = [profile.name for profile in profiles.all()]
     if names:
         yield Finding("ok", f"Profiles in {folder}: {', '.join(names)}.")

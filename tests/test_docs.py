@@ -24,6 +24,7 @@ from ownware_gateway.doors.native import Native
 from ownware_gateway.errors import CODES
 from ownware_gateway.events import ASKING, EVENTS, Attachment, Fallback, StopReason, Usage, Wire
 from ownware_gateway.floors import DELETION, KEYS, PROFILE, SECRETS
+from ownware_gateway.log.statements import schema_versions
 from ownware_gateway.masking import Masker
 from ownware_gateway.models import Answer, Request, UserTurn
 from ownware_gateway.models.catalogue import DEMO_ID, PROVIDERS
@@ -433,6 +434,32 @@ def test_links_between_documents_lead_somewhere(document: Path) -> None:
         if not file.exists() or (anchor and anchor not in slugs(file.read_text("utf-8"))):
             broken.append(target)
     assert broken == []
+
+
+def test_the_architecture_tells_the_story_of_the_folders_and_layers_that_there_are() -> None:
+    text = read("docs/architecture.md")
+    listed = re.findall(r"^├── (\S+)|^└── (\S+)", text, re.MULTILINE)
+    package = ROOT / "ownware_gateway"
+    there = {
+        f"{path.name}/" if path.is_dir() else path.name
+        for path in package.iterdir()
+        if not path.name.startswith("__") or path.name == "__main__.py"
+    }
+    assert sorted(map("".join, listed)) == sorted(there - {"py.typed"})
+    contracts = tomllib.loads(read("pyproject.toml"))["tool"]["importlinter"]["contracts"]
+    layers = [set(layer.split(" | ")) for layer in contracts[0]["layers"]]
+    (written,) = re.findall(r"^`(__main__ ▸[^`]+)`", text, re.MULTILINE)
+    assert [set(layer.split(", ")) for layer in " ".join(written.split()).split(" ▸ ")] == layers
+
+
+def test_the_promises_are_numbered_from_one_on() -> None:
+    numbers = re.findall(r"^(\d+)\. ", read("docs/reliability.md"), re.MULTILINE)
+    assert [int(number) for number in numbers] == list(range(1, len(numbers) + 1))
+
+
+def test_the_changelog_names_the_newest_schema_version_of_the_log_and_no_other() -> None:
+    named = re.findall(r"schema version (\d+)", read("docs/changelog.md"), re.IGNORECASE)
+    assert [int(version) for version in named] == [schema_versions()[-1][0]]
 
 
 def test_every_document_can_be_reached_from_the_readme() -> None:

@@ -3,13 +3,14 @@
 import asyncio
 import json
 import os
+import re
 import shutil
 import sqlite3
 import stat
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import aiohttp
 import pytest
@@ -25,6 +26,7 @@ from tests.log import Clock, delta, drives, question, session_start, starts, who
 from tests.provider import Call, Provider, Reply
 
 Output = pytest.CaptureFixture[str]
+MakeProfile = Callable[..., Path]
 
 
 @pytest.fixture
@@ -174,6 +176,40 @@ async def test_profiles_that_cannot_be_used_are_named(data: Path, profiles: Path
     (profiles / "broken" / "agent.json").write_text(json.dumps({"name": "broken", "modle": "x"}))
     assert "modle" in one(look(data, profiles, "warn"), "broken")
     assert "ownware init" in one(look(data, profiles / "none", "warn"), "no profiles")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"tools": {"deny": ["shel_execute"]}},
+        {"policies": [{"tool": "no__such", "decision": "deny"}]},
+        {"subagents": {"a": {"profile": "b"}}, "tools": {"allow": ["spawn_agents"]}},
+    ],
+)
+async def test_a_profile_that_a_gateway_would_refuse_is_found_before_it_starts(
+    wrong: dict[str, Any], start_gateway: Gateways, make_profile: MakeProfile, capsys: Output
+) -> None:
+    make_profile("mine", **wrong)
+    up = await start_gateway()
+    (refused,) = up.profiles.broken()
+    assert refused.message.startswith("mine: The field ")
+    settings = ["--data-dir", str(up.data_dir), "--profiles", str(make_profile("other").parent)]
+    assert cli.run(["doctor", *settings]) == 0
+    assert f"\nwarn  {refused.message}\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["mcp.json", "services.json"])
+async def test_a_file_that_keeps_a_gateway_from_starting_is_found(
+    data: Path, profiles: Path, capsys: Output, name: str
+) -> None:
+    arguments = ["doctor", "--data-dir", str(data), "--profiles", str(profiles)]
+    (data / name).write_text("{}")
+    assert cli.run(arguments) == 0
+    (data / name).write_text("{")
+    assert cli.run(arguments) == 1
+    out = capsys.readouterr().out
+    assert re.search(rf"\nfail  The .*{name} is not JSON at line 1", out)
+    assert "Profiles in" in out
 
 
 async def test_runs_that_have_not_ended_are_counted(data: Path, profiles: Path) -> None:

@@ -9,8 +9,8 @@ from ownware_gateway.tools import Output, Tool
 
 #: What is missing when the SDK is, and what to do.
 SDK_MISSING: Final = (
-    "MCP servers need the MCP SDK, which is not installed; "
-    "install it: pip install 'ownware-gateway[mcp]'."
+    "MCP servers need the MCP SDK, which is not installed; install it: "
+    ".venv/bin/pip install mcp in a clone, else pip install 'ownware-gateway[mcp]'."
 )
 
 #: `stopped` has not been asked for yet; `waiting` is between two attempts; `failed` has given up

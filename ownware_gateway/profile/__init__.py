@@ -12,7 +12,7 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import Field
 
 from ownware_gateway.masking import MASK
-from ownware_gateway.profile.fields import DurationMs, Strict
+from ownware_gateway.profile.fields import MODEL_NAME, PROFILE_NAME, DurationMs, Strict
 from ownware_gateway.profile.rules import Policy
 from ownware_gateway.profile.servers import VARIABLE, McpServer, ServerName
 from ownware_gateway.profile.services import Service
@@ -139,7 +139,7 @@ class Compaction(Strict):
 class Subagent(Strict):
     """An agent that another one may spawn: whose profile it is, and when to use it."""
 
-    profile: str = Field(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    profile: str = Field(min_length=1, max_length=128, pattern=PROFILE_NAME)
     description: str = Field(default="", max_length=1000)
 
 
@@ -163,10 +163,10 @@ class Memory(Strict):
 class Profile(Strict):
     """An agent as its files describe it."""
 
-    name: str = Field(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field(min_length=1, max_length=128, pattern=PROFILE_NAME)
     description: str = ""
-    model: str = Field(default="openai:gpt-5.5", pattern=r"^[a-z][a-z0-9_-]*:.+$")
-    small_fast_model: str | None = Field(default=None, pattern=r"^[a-z][a-z0-9_-]*:.+$")
+    model: str = Field(default="openai:gpt-5.5", pattern=MODEL_NAME)
+    small_fast_model: str | None = Field(default=None, pattern=MODEL_NAME)
     temperature: float | None = Field(default=None, ge=0, le=2, allow_inf_nan=False)
     max_tokens: int | None = Field(default=None, gt=0)
     max_turns: int = Field(default=100, gt=0, le=10_000)

@@ -7,7 +7,7 @@ from typing import Any, Final, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from ownware_gateway.profile.fields import SECRET_FIELDS
+from ownware_gateway.profile.fields import IN_WORDS, SECRET_FIELDS
 
 PROBLEMS_SHOWN_MAX: Final = 5
 
@@ -34,6 +34,7 @@ def _explain_one(problem: Any, model: type[BaseModel]) -> str:
         return f"The field {path!r} is wrong: {problem['msg']}."
     expected = problem["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
     expected = re.sub(r"a valid dictionary or instance of \w+", "an object", expected)
+    expected = IN_WORDS.get(problem.get("ctx", {}).get("pattern"), expected)
     if not SECRET_FIELDS.isdisjoint(problem["loc"]):
         return f"The field {path!r} is of another kind; expected: {expected}."
     try:
@@ -41,6 +42,9 @@ def _explain_one(problem: Any, model: type[BaseModel]) -> str:
     except (TypeError, ValueError):  # YAML has keys, and loops, that JSON has not
         given = str(problem["input"])
     given = given if len(given) <= 80 else given[:77] + "..."
+    if problem["loc"][-1:] == ("[key]",):
+        within = ".".join(str(part) for part in problem["loc"][:-2])
+        return f"The name {given} in {within!r} cannot be used; expected: {expected}."
     return f"The field {path!r} is {given}; expected: {expected}."
 
 

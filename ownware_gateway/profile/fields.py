@@ -11,6 +11,16 @@ _UNITS_MS: Final = {"ms": 1, "s": 1_000, "m": 60_000, "h": 3_600_000, "d": 86_40
 #: Fields whose values may be secrets: they are shown to nobody.
 SECRET_FIELDS: Final = frozenset({"auth", "env", "headers", "inject"})
 
+#: Forms of names, and how a person is told of them.
+PROFILE_NAME: Final = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+MODEL_NAME: Final = r"^[a-z][a-z0-9_-]*:.+$"
+SERVER_NAME: Final = r"^[A-Za-z0-9]+(?:(?:_|-+)[A-Za-z0-9]+)*$"
+IN_WORDS: Final = {
+    PROFILE_NAME: "letters, digits and . _ - only, the first one a letter or a digit",
+    MODEL_NAME: "provider:model, like openai:gpt-5.5",
+    SERVER_NAME: "letters, digits, - and single _ between them",
+}
+
 
 def parse_duration_ms(value: object) -> object:
     """Return milliseconds from `"30m"`, `"90s"`, `"2h"`, `"1d"`, or a number of milliseconds."""

@@ -120,7 +120,7 @@ class Profiles:
         if isinstance(item, Broken) or self._known is None:
             return item
         wrong = wrong_name(item, self._known)
-        return item if wrong is None else Broken(folder.name, wrong)
+        return item if wrong is None else Broken(folder.name, f"{folder.name}: {wrong}")
 
     def get(self, name: str, skills: Sequence[str] = ()) -> Profile:
         """Return the profile of this name, with the texts of these skills in its system prompt.

@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from ownware_gateway.masking import MASK
-from ownware_gateway.profile.fields import DurationMs, Strict
+from ownware_gateway.profile.fields import SERVER_NAME, DurationMs, Strict
 
 #: Stands in a server's settings for a variable of the gateway's own environment.
 VARIABLE: Final = re.compile(r"\$\{env:([A-Za-z_][A-Za-z0-9_]*)\}")
@@ -15,9 +15,7 @@ VARIABLE: Final = re.compile(r"\$\{env:([A-Za-z_][A-Za-z0-9_]*)\}")
 Transport = Literal["stdio", "http", "sse"]
 
 #: With the separator in it, or an underscore at its end, `server__tool` could be read in two ways.
-ServerName = Annotated[
-    str, Field(max_length=32, pattern=r"^[A-Za-z0-9]+(?:(?:_|-+)[A-Za-z0-9]+)*$")
-]
+ServerName = Annotated[str, Field(max_length=32, pattern=SERVER_NAME)]
 
 
 class McpServer(Strict):

@@ -19,6 +19,7 @@ from ownware_gateway.outbound import (
     NotReached,
     Outbound,
     Policy,
+    Refused,
     Request,
 )
 from ownware_gateway.profile.services import shown_url
@@ -142,7 +143,10 @@ class Fetcher(NamedTuple):
                     raise Wrong(f"{where} has more than {SPEC_BYTES_MAX} bytes")
                 return data, str(response.url), response.headers.get("ETag")
         except NotReached as error:
-            raise Wrong(f"{where} was not reached: {str(error).rstrip('.')}") from None
+            why = str(error).rstrip(".")
+            if isinstance(error, Refused) and not self.policy.hosts:
+                why += ". What is on this machine or in a private network wants 'allowPrivate'"
+            raise Wrong(f"{where} was not reached: {why}") from None
 
 
 # -- from files

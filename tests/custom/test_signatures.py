@@ -295,7 +295,7 @@ def test_functions_are_known_by_name_before_anything_is_run(make_profile: MakePr
     assert Profile.restore(read.dump()).functions == read.functions
     make_profile("mine", tools={"deny": ["rset"]})
     assert reads(profile) == (
-        "The field 'tools.deny' names no tool with 'rset'; did you mean 'rest'?"
+        "mine: The field 'tools.deny' names no tool with 'rset'; did you mean 'rest'?"
     )
     make_profile("mine", policies=[{**policies[0], "when": {"town": {"equals": "x"}}}])
     assert "work has no argument 'town'" in str(reads(profile))

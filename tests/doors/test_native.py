@@ -328,6 +328,7 @@ async def test_a_thread_without_a_title_is_called_by_its_first_prompt(site: Site
 
 
 async def test_threads_are_listed_the_last_changed_first_page_by_page(site: Site) -> None:
+    await site.whole_run("elsewhere")
     runs = [await site.whole_run(f"hello {n}", profileId="reader") for n in range(4)]
     await site.whole_run("again", threadId=runs[0]["threadId"], profileId="reader")
     ids = [runs[number]["threadId"] for number in (0, 3, 2, 1)]

@@ -150,7 +150,7 @@ async def test_a_profile_that_names_a_server_that_there_is_not_is_refused(
     up = await start_gateway()
     (broken,) = up.profiles.broken()
     assert broken.message == (
-        "The field 'tools.deny' names no tool with 'clok__*'; "
+        "a: The field 'tools.deny' names no tool with 'clok__*'; "
         "no MCP server or service is named 'clok', did you mean 'clock'?"
     )
 

@@ -419,7 +419,7 @@ async def test_a_redirect_to_another_server_takes_nothing_along_that_is_configur
 @pytest.mark.parametrize(
     ("fields", "why"),
     [
-        ({}, "is not a public address"),
+        ({}, "or in a private network wants 'allowPrivate'"),
         ({"allowPrivate": True, "spec": "http://169.254.169.254/a.json"}, "not a public address"),
         ({"allowPrivate": True, "spec": "http://[fe80::1]/a.json"}, "not a public address"),
         ({"allowPrivate": True, "spec": "http://[::ffff:169.254.169.254]/"}, "not a public"),
