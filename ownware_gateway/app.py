@@ -214,6 +214,7 @@ async def gateway(settings: Settings) -> AsyncIterator[Gateway]:
                 helper_prompts=settings.helper_prompts,
                 fetch_private=settings.fetch_private,
                 started_s=clock_ms() // 1000,
+                new_id=new_id,
             )
         )
         recovered = await engine.recover()

@@ -120,9 +120,9 @@ async def test_the_examples_of_the_page_work(
     start_gateway: Gateways, scripted: Provider, tmp_path: Path, language: str
 ) -> None:
     page = (ROOT / "docs" / "openai.md").read_text("utf-8")
-    (block,) = re.findall(rf"^```{language}\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    blocks = re.findall(rf"^```{language}\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
     up = await start_gateway()
-    example = block.replace("http://localhost:3011", up.url)
+    example = "".join(blocks).replace("http://localhost:3011", up.url)
     if language == "python":
         command = [await asyncio.to_thread(python_of, "openai"), "-c", example]
     else:

@@ -1,4 +1,4 @@
-"""The OpenAI door, `/v1`: completions, models and embeddings, as OpenAI's clients ask for them.
+"""The OpenAI door, `/v1`: completions, responses, models, embeddings, as OpenAI's clients ask.
 
 The routes and what of the format is honoured stand in docs/openai.md. What handles the requests is
 imported with the first one, away from the event loop: many gateways never get any.
@@ -20,7 +20,7 @@ from ownware_gateway.stream import Streamer
 
 __all__ = ["OpenAI", "OpenAIParts", "answer_to", "answers"]
 
-_HANDLERS: Final = "ownware_gateway.doors.openai.handlers"
+_HANDLERS: Final = "ownware_gateway.doors.openai.responses"
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -36,7 +36,7 @@ class OpenAIParts(NamedTuple):
     `cancels` says that a run without a conversation is cancelled once nobody reads it,
     `helper_prompts` that chat UIs' own prompts get a run of their own. `fetch_private` are private
     places that images may come from. `started_s` is when the gateway was started, in seconds since
-    1970.
+    1970. `new_id` makes the name of something of a kind.
     """
 
     engine: Engine
@@ -48,6 +48,7 @@ class OpenAIParts(NamedTuple):
     helper_prompts: bool
     fetch_private: tuple[str, ...]
     started_s: int
+    new_id: Callable[[str], str]
 
 
 class OpenAI:
@@ -62,6 +63,7 @@ class OpenAI:
         """Return every route of the door."""
         of_profile = "/openai/{profile_id}/v1"
         stream = "/v1/chat/completions/{completion_id}/stream"
+        response = "/v1/responses/{response_id}"
         models, model = self._late("models"), self._late("model")
         return [
             web.get("/health", _health),
@@ -70,6 +72,11 @@ class OpenAI:
             web.post("/v1/chat/completions", self._late("chat")),
             web.get(stream, self._late("resume"), allow_head=False),
             web.post("/v1/approvals/{run_id}", self._late("approve")),
+            web.post("/v1/responses", self._late("create")),
+            web.get(response, self._late("retrieve"), allow_head=False),
+            web.delete(response, self._late("delete")),
+            web.post(f"{response}/cancel", self._late("cancel")),
+            web.get(f"{response}/input_items", self._late("input_items")),
             web.post("/v1/embeddings", self._late("embeddings")),
             web.get(f"{of_profile}/models", models),
             web.post(f"{of_profile}/models", models),
@@ -91,7 +98,7 @@ class OpenAI:
         async with self._loading:
             if self._handlers is None:
                 module = await asyncio.to_thread(importlib.import_module, _HANDLERS)
-                self._handlers = module.Handlers(self._parts)
+                self._handlers = module.Responses(self._parts)
 
 
 async def _health(_: web.Request) -> web.Response:

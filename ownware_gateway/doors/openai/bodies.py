@@ -63,7 +63,8 @@ _WHY: Final = {
     "n": "there is one answer to a request",
 }
 
-_EFFORTS: Final[Mapping[str, ThinkingLevel]] = {
+#: How much a model is to reason, in OpenAI's words and in ours.
+EFFORTS: Final[Mapping[str, ThinkingLevel]] = {
     "none": "off",
     "low": "low",
     "medium": "medium",
@@ -130,8 +131,8 @@ class ChatBody(Body):
             max_tokens=self.max_completion_tokens or self.max_tokens,
             stop=tuple(self.stop or ()),
             seed=self.seed,
-            response_format=_response_format(self.response_format),
-            thinking=_EFFORTS[self.reasoning_effort] if self.reasoning_effort else None,
+            response_format=response_format_of(self.response_format),
+            thinking=EFFORTS[self.reasoning_effort] if self.reasoning_effort else None,
             user=self.user or self.safety_identifier,
             metadata=self.metadata,
         )
@@ -228,17 +229,26 @@ def parse(raw: Mapping[str, Any], model: type[_Body]) -> _Body:
 
 def parse_chat(raw: Mapping[str, Any]) -> ChatBody:
     """Return a request for a completion; raises GatewayError for what cannot be honoured."""
+    return parse(without_neutral(raw, NEUTRAL), ChatBody)
+
+
+def without_neutral(raw: Mapping[str, Any], neutral: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
+    """Return the fields that may change something.
+
+    Raises GatewayError for one that is only taken where it changes nothing, and would.
+    """
     left: dict[str, Any] = {}
     for name, value in raw.items():
-        if name not in NEUTRAL or value is None:
+        if name not in neutral:
             left[name] = value
-        elif "*" not in NEUTRAL[name] and value not in NEUTRAL[name]:
+        elif value is not None and "*" not in neutral[name] and value not in neutral[name]:
             why = _WHY.get(name, "leave it out")
             raise refuse(name, f"The field {name!r} cannot be honoured: {why}.")
-    return parse({k: v for k, v in left.items() if k not in NEUTRAL}, ChatBody)
+    return left
 
 
-def _response_format(given: dict[str, Any] | None) -> dict[str, Any] | None:
+def response_format_of(given: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Return the format of an answer, None for plain text; raises GatewayError."""
     if given is None or given == {"type": "text"}:
         return None
     kind, schema = given.get("type"), given.get("json_schema")

@@ -68,9 +68,10 @@ class Said(NamedTuple):
 
 
 class Thought(NamedTuple):
-    """A piece of the reasoning."""
+    """A piece of the reasoning; `gap` goes before it, so that turns do not run into one another."""
 
     text: str
+    gap: str = ""
 
 
 class Cut(NamedTuple):
@@ -149,7 +150,7 @@ class Answer:
     def _think(self, text: str) -> Sequence[Part]:
         gap = _GAP if self._reasoned and not self._thinking_shown else ""
         self._thinking_shown = self._reasoned = True
-        return (Thought(gap + text),)
+        return (Thought(text, gap),)
 
     def _turn_start(self, _: Mapping[str, Any]) -> Sequence[Part]:
         self._text = ""
@@ -245,7 +246,7 @@ class Frames:
         head = {"id": shape.id, "object": "chat.completion.chunk", "created": shape.created}
         usage = ',"usage":null' if shape.include_usage else ""
         self._before = (
-            _json({**head, "model": shape.model})[:-1] + ',"choices":[{"index":0,"delta":'
+            to_json({**head, "model": shape.model})[:-1] + ',"choices":[{"index":0,"delta":'
         )
         self._after = f',"logprobs":null,"finish_reason":null}}]{usage}}}'
         self._head = head | {"model": shape.model}
@@ -266,15 +267,20 @@ class Frames:
             if (seq, number) > self._seen
         )
 
+    def failure(self, wrong: Wrong) -> bytes:
+        """Return the frame for a stream that ends before the answer does."""
+        body = wrong.envelope() | {"run_id": self._shape.run_id}
+        return b"data: %b\n\n" % to_json(body).encode("utf-8", "replace")
+
     def _delta(self, delta: Mapping[str, Any]) -> str:
-        return self._before + _json(delta) + self._after
+        return self._before + to_json(delta) + self._after
 
     def _bodies(self, part: Part) -> Iterator[str]:
         match part:
             case Said(text, gap):
                 yield self._delta({"content": gap + text})
-            case Thought(text):
-                yield self._delta({"reasoning_content": text})
+            case Thought(text, gap):
+                yield self._delta({"reasoning_content": gap + text})
             case Cut():
                 pass
             case Paused(asked):
@@ -284,17 +290,17 @@ class Frames:
             case Ended():
                 yield from self._end(*ended(self._shape, part))
             case Broke(wrong):
-                yield _json(wrong.envelope() | {"run_id": self._shape.run_id})
+                yield to_json(wrong.envelope() | {"run_id": self._shape.run_id})
 
     def _end(self, reason: str, more: Mapping[str, Any]) -> Iterator[str]:
         self.finished = True
         choice = {"index": 0, "delta": {}, "logprobs": None, "finish_reason": reason}
         last = {**self._head, "choices": [choice], **more}
         if not self._shape.include_usage:
-            yield _json(last)
+            yield to_json(last)
             return
-        yield _json(last | {"usage": None})
-        yield _json({**self._head, "choices": [], "usage": usage_shape(self.answer.usage)})
+        yield to_json(last | {"usage": None})
+        yield to_json({**self._head, "choices": [], "usage": usage_shape(self.answer.usage)})
 
 
 class Whole:
@@ -321,8 +327,8 @@ class Whole:
             case Said(text, _, notice):
                 if not notice:
                     self._turns[-1].append(text)
-            case Thought(text):
-                self._thinking.append(text)
+            case Thought(text, gap):
+                self._thinking.append(gap + text)
             case Cut():
                 self._turns[-1] = []
             case Paused(asked):
@@ -428,6 +434,7 @@ def parse_completion_id(text: str) -> tuple[str, int | None] | None:
     return f"{_RUN_ID_PREFIX}{name}", int(after) if dash else None
 
 
-def _json(value: Any) -> str:
+def to_json(value: Any) -> str:
+    """Return it as JSON that stays on one line for every client."""
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
     return _SPLITTERS.sub(lambda found: f"\\u{ord(found[0]):04x}", text)

@@ -5,9 +5,9 @@ import hashlib
 import hmac
 import json
 import re
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing, suppress
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, Protocol
 
 from aiohttp import web
 
@@ -29,6 +29,7 @@ from ownware_gateway.doors.openai.chunks import (
     ANSWERS,
     APPROVES,
     DONE,
+    Answer,
     Frames,
     Shape,
     Whole,
@@ -96,6 +97,7 @@ class Ask(NamedTuple):
     name: str | None = None
     thread_id: str | None = None
     key: IdempotencyKey | None = None
+    route: str = "POST /v1/chat/completions"
 
 
 class Told(NamedTuple):
@@ -104,6 +106,47 @@ class Told(NamedTuple):
     reading: Reading
     run: Run | None = None
     options: Options | None = None
+
+
+#: Starts a run if it can be started now. Raises GatewayError `run_in_progress` if not yet.
+Attempt = Callable[[], Awaitable[Started]]
+
+
+class Taking(Protocol):
+    """An answer that is told when it is whole; `wrong` is why there is none."""
+
+    wrong: Wrong | None
+
+    @property
+    def answer(self) -> Answer:
+        """How far it is."""
+        ...
+
+    def take(self, sent: sse.Sent) -> None:
+        """Take the next event."""
+        ...
+
+
+class Framing(Protocol):
+    """An answer that is told as it comes; `finished` once it came to an end that is of use."""
+
+    @property
+    def answer(self) -> Answer:
+        """How far it is."""
+        ...
+
+    @property
+    def finished(self) -> bool:
+        """Whether a client got all there is to it."""
+        ...
+
+    def of(self, sent: sse.Sent) -> bytes:
+        """Return the frames that an event becomes. May raise Failed."""
+        ...
+
+    def failure(self, wrong: Wrong) -> bytes:
+        """Return the frame for a stream that ends before the answer does."""
+        ...
 
 
 class Handlers(Agents):
@@ -127,9 +170,9 @@ class Handlers(Agents):
         agent = self._agent(request.match_info.get("profile_id"), body.model)
         there = functools.partial(self._streamer.while_there, request)
         said = await there(conversation(body.messages, self._fetch))
-        name = _conversation_name(request)
+        name = conversation_name(request)
         helper = self._parts.helper_prompts and said.prompt.text.lstrip().startswith(HELPER)
-        ask = Ask(agent, said, body.options(), _fingerprint(request, raw, name), name)
+        ask = Ask(agent, said, body.options(), fingerprint_of(request, raw, name), name)
         usage = body.stream_options is not None and bool(body.stream_options.include_usage)
         ask = _with_door(ask, include_usage=usage, helper=helper)
         told = await (self._help(ask) if helper else self._begin(request, ask))
@@ -139,8 +182,7 @@ class Handlers(Agents):
 
     async def resume(self, request: web.Request) -> web.StreamResponse:
         """Go on with a stream behind the frame that a client has seen last."""
-        if (limited := request.get(LIMITED)) is not None:
-            raise GatewayError("rate_limited", "Too many requests.", retry_after_s=limited)
+        check_limited(request)
         found = parse_completion_id(request.match_info["completion_id"])
         run = await self._log.run(found[0]) if found is not None else None
         if found is None or run is None:
@@ -189,11 +231,12 @@ class Handlers(Agents):
         agent = Agent(self._profiles.get(PLAIN), model or None, model or PLAIN)
         messages = [{"role": "user", "content": body.prompt}]
         said = await conversation(messages, self._fetch)
-        ask = _with_door(Ask(agent, said, Options(), _fingerprint(request, raw, None)))
+        ask = _with_door(Ask(agent, said, Options(), fingerprint_of(request, raw, None)))
         told = await self._begin(request, ask)
         self._readers.note(ask.fingerprint, told.reading)
         run, shape = await self._known(told)
-        whole = await self._whole(request, run, shape, run.start_seq)
+        whole = Whole(shape)
+        await self._read_whole(request, run, whole, run.start_seq)
         text = whole.body()["choices"][0]["message"]["content"]
         return web.json_response({"id": run.id, "response": text})
 
@@ -209,7 +252,7 @@ class Handlers(Agents):
             options=ask.options._replace(instructions=ask.said.instructions, bare=True),
             hidden=True,
         )
-        return _told(await self._engine.start(wanted), ask)
+        return told_of(await self._engine.start(wanted), ask)
 
     async def _begin(self, request: web.Request, ask: Ask) -> Told:
         """Start the run that a request asks for, or join the one that it has started before."""
@@ -240,9 +283,7 @@ class Handlers(Agents):
                 f"An Idempotency-Key is 1 to {NAME_CHARS_MAX} printable characters.",
             )
         for number in range(FAILURES_MAX):
-            named = IdempotencyKey(
-                request[CALLER], "POST /v1/chat/completions", f"{key}\0{number}", ask.fingerprint
-            )
+            named = IdempotencyKey(request[CALLER], ask.route, f"{key}\0{number}", ask.fingerprint)
             kept = await self._log.kept_start(named)
             if kept is None:
                 return ask._replace(key=named), None
@@ -265,10 +306,12 @@ class Handlers(Agents):
                 return Told(answered)
             if run is not None and pending and await self._is_seen(run, ask):
                 await self._supersede(run)
-        return _told(await self._engine.start(self._start_of(ask, hidden=True)), ask)
+        return told_of(await self._engine.start(self._start_of(ask, hidden=True)), ask)
 
-    async def _begin_in(self, request: web.Request, ask: Ask, thread: Thread | None) -> Told:
-        """Start a run in a conversation, once it is its turn."""
+    async def _begin_in(
+        self, request: web.Request, ask: Ask, thread: Thread | None, attempt: Attempt | None = None
+    ) -> Told:
+        """Start a run in a conversation, once it is its turn; `attempt` may do so elsewhere."""
         assert ask.thread_id is not None
         active_id = thread.active_run_id if thread is not None else None
         active = await self._log.run(active_id) if active_id is not None else None
@@ -282,9 +325,9 @@ class Handlers(Agents):
             if active is not None and run_id == superseded:
                 await self._supersede(active)
 
-        attempt = functools.partial(self._attempt, ask, known=thread is not None)
+        attempt = attempt or functools.partial(self._attempt, ask, known=thread is not None)
         there = functools.partial(self._streamer.while_there, request)
-        return _told(await self._line.start(ask.thread_id, attempt, there, busy), ask)
+        return told_of(await self._line.start(ask.thread_id, attempt, there, busy), ask)
 
     async def _attempt(self, ask: Ask, *, known: bool) -> Started:
         try:
@@ -394,22 +437,27 @@ class Handlers(Agents):
         after = run.start_seq if told.reading.after is None else told.reading.after
         sent = {"X-Run-Id": run.id, **(headers or {})}
         if not stream:
-            body = (await self._whole(request, run, shape, after)).body()
-            return web.json_response(body, headers=sent, dumps=_dumps)
-        frames = Frames(shape, seen)
+            whole = Whole(shape)
+            await self._read_whole(request, run, whole, after)
+            return web.json_response(whole.body(), headers=sent, dumps=dumps)
+        return await self._stream(request, run, Frames(shape, seen), after, sent)
+
+    async def _stream(
+        self, request: web.Request, run: Run, frames: Framing, after: int, headers: dict[str, str]
+    ) -> web.StreamResponse:
+        """Send frames as they come."""
         finished = False
         self._readers.enter(run)
         try:
             pieces = self._pieces(frames, run, after)
-            response, taken = await self._streamer.relay(request, pieces, sent)
+            response, taken = await self._streamer.relay(request, pieces, headers)
             finished = taken and frames.finished
         finally:
             self._readers.leave(run, finished=finished, once=await self._is_once(run))
         return response
 
-    async def _whole(self, request: web.Request, run: Run, shape: Shape, after: int) -> Whole:
-        """Return a completion that is over; raises Failed when there is none."""
-        whole = Whole(shape)
+    async def _read_whole(self, request: web.Request, run: Run, whole: Taking, after: int) -> None:
+        """Have an answer taken up to its end; raises Failed when there is none."""
         finished = False
         self._readers.enter(run)
         try:
@@ -419,13 +467,12 @@ class Handlers(Agents):
             self._readers.leave(run, finished=finished, once=await self._is_once(run))
         if whole.wrong is not None:
             raise Failed(whole.wrong, run.id)
-        return whole
 
     async def _is_once(self, run: Run) -> bool:
         thread = await self._log.thread(run.thread_id)
         return thread is not None and thread.hidden
 
-    async def _read(self, whole: Whole, run: Run, after: int) -> None:
+    async def _read(self, whole: Taking, run: Run, after: int) -> None:
         async with aclosing(self._chunks(run, after)) as chunks:
             async for chunk in chunks:
                 for sent in sse.split(chunk.data if chunk is not None else b""):
@@ -433,7 +480,7 @@ class Handlers(Agents):
                     if whole.answer.over:
                         return
 
-    async def _pieces(self, frames: Frames, run: Run, after: int) -> AsyncGenerator[bytes, None]:
+    async def _pieces(self, frames: Framing, run: Run, after: int) -> AsyncGenerator[bytes, None]:
         """Yield what goes to the client, up to the end."""
         try:
             async with aclosing(self._chunks(run, after)) as chunks:
@@ -445,8 +492,7 @@ class Handlers(Agents):
                     if frames.answer.over:
                         break
         except Failed as failed:
-            body = failed.wrong.envelope() | {"run_id": run.id}
-            yield b"data: %b\n\n" % _dumps(body).encode()
+            yield frames.failure(failed.wrong)
         yield DONE
 
     async def _chunks(self, run: Run, after: int) -> AsyncGenerator[Chunk | None, None]:
@@ -529,7 +575,14 @@ class Handlers(Agents):
         return File(f"image.{kind.removeprefix('image/')}", kind, data)
 
 
-def _told(started: Started, ask: Ask) -> Told:
+def check_limited(request: web.Request) -> None:
+    """Raise GatewayError for a reconnect that comes too often: only a native stream says so."""
+    if (limited := request.get(LIMITED)) is not None:
+        raise GatewayError("rate_limited", "Too many requests.", retry_after_s=limited)
+
+
+def told_of(started: Started, ask: Ask) -> Told:
+    """Return the first completion of a run that has just been started."""
     return Told(Reading(started.run.id), started.run, ask.options)
 
 
@@ -564,19 +617,20 @@ def _with_door(ask: Ask, *, include_usage: bool = False, helper: bool = False) -
         "model": ask.agent.shown,
         "include_usage": include_usage,
         "json": ask.options.response_format is not None,
-        "has_tools": _has_tools(ask.agent.profile) and not helper,
+        "has_tools": has_tools(ask.agent.profile) and not helper,
         "fingerprint": ask.fingerprint,
     }
     return ask._replace(options=ask.options._replace(door=door))
 
 
-def _has_tools(profile: Profile) -> bool:
+def has_tools(profile: Profile) -> bool:
+    """Whether an agent has any."""
     tools = profile.tools
     own = (tools.allow, tools.mcp, tools.services, profile.functions, profile.brings)
     return tools.preset != "none" or any(map(bool, own))
 
 
-def _frames_of(frames: Frames, chunk: Chunk) -> bytes:
+def _frames_of(frames: Framing, chunk: Chunk) -> bytes:
     pieces = []
     for sent in sse.split(chunk.data):
         pieces.append(frames.of(sent))
@@ -585,7 +639,7 @@ def _frames_of(frames: Frames, chunk: Chunk) -> bytes:
     return b"".join(pieces)
 
 
-def _conversation_name(request: web.Request) -> str | None:
+def conversation_name(request: web.Request) -> str | None:
     """Return the name of the conversation that a request belongs to; raises GatewayError."""
     for header in CONVERSATION_HEADERS:
         if name := request.headers.get(header):
@@ -597,14 +651,15 @@ def _conversation_name(request: web.Request) -> str | None:
     return None
 
 
-def _fingerprint(request: web.Request, raw: Mapping[str, Any], name: str | None) -> str:
+def fingerprint_of(request: web.Request, raw: Mapping[str, Any], name: str | None) -> str:
     """Return what is the same for a request and its retry, and for no other."""
     key = request.headers.get("Idempotency-Key")
     said = json.dumps([request[CALLER], request.path, name, key, raw], sort_keys=True)
     return hashlib.sha256(said.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def _dumps(value: Any) -> str:
+def dumps(value: Any) -> str:
+    """Return it as JSON, what is no text replaced."""
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
     # Half a character, of a provider that cut one in two.
     return text.encode("utf-8", "replace").decode()

@@ -292,9 +292,16 @@ async def test_any_other_message_denies_and_then_runs(
 
 
 async def test_a_question_that_comes_up_while_a_message_waits_is_not_answered_by_it(
-    start_gateway: Gateways, http: Http, provider: Provider
+    start_gateway: Gateways, http: Http, provider: Provider, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gate = asyncio.Event()
+    gate, in_line = asyncio.Event(), asyncio.Semaphore(0)
+    start = line.Line.start
+
+    async def counted(self: line.Line, *wanted: Any) -> Any:
+        in_line.release()
+        return await start(self, *wanted)
+
+    monkeypatch.setattr(line.Line, "start", counted)
     provider.reply(
         Reply(text=["a"], calls=[Call("write_file", {"path": "a.txt", "content": ""})], gate=gate)
     )
@@ -303,7 +310,8 @@ async def test_a_question_that_comes_up_while_a_message_waits_is_not_answered_by
     async with stream(http, up.url, "first", headers=CHAT_1) as first:
         await provider.requested()
         second = asyncio.ensure_future(ask(http, up.url, "second", headers=CHAT_1))
-        await asyncio.sleep(0)
+        for _ in range(2):
+            await in_line.acquire()
         gate.set()
         await read_frames(first)
         run_id = first.headers["X-Run-Id"]

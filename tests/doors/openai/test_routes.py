@@ -283,7 +283,7 @@ async def test_a_secret_in_a_wrong_request_is_not_repeated(
 def test_every_route_stands_in_the_page_of_the_door_and_answers_in_its_envelope() -> None:
     routes = OpenAI.__new__(OpenAI).routes()
     page = (ROOT / "docs" / "openai.md").read_text("utf-8")
-    described = set(re.findall(r"^\| `(GET|POST) (/\S+?)` \|", page, re.MULTILINE))
+    described = set(re.findall(r"^\| `(GET|POST|DELETE) (/\S+?)` \|", page, re.MULTILINE))
     paths = {(route.method, re.sub(r":\.\+", "", route.path)) for route in routes}
     assert described == paths
     assert all(answers(path) for _, path in paths if path != "/health")

@@ -1,0 +1,339 @@
+"""What comes in for a response: its fields, and its items as the messages of a conversation."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Final, Literal, NamedTuple
+
+from pydantic import Field
+
+from ownware_gateway.doors.openai.bodies import (
+    EFFORTS,
+    MESSAGES_MAX,
+    NEUTRAL,
+    TEXT_CHARS_MAX,
+    Body,
+    Conversation,
+    Fetch,
+    conversation,
+    parse,
+    response_format_of,
+    without_neutral,
+)
+from ownware_gateway.doors.openai.errors import refuse
+from ownware_gateway.errors import GatewayError
+from ownware_gateway.models import Options, UserTurn
+
+NAME_CHARS_MAX: Final = 255
+
+#: Input items that one page of `input_items` may have.
+PAGE_MAX: Final = 100
+
+#: As for completions; of the fields that only responses have, what changes nothing here.
+_NEUTRAL: Final[Mapping[str, Sequence[Any]]] = {
+    **{
+        name: NEUTRAL[name]
+        for name in (
+            *("tools", "tool_choice", "parallel_tool_calls", "service_tier", "top_logprobs"),
+            *("prompt_cache_key", "prompt_cache_retention"),
+        )
+    },
+    "include": ([],),
+    "stream_options": ({}, {"include_obfuscation": False}),
+    "truncation": ("auto", "disabled"),
+}
+
+#: Said to be what it is by those who bring a conversation along, and of no use here.
+_LEFT_OUT: Final = frozenset({"reasoning", "mcp_approval_request", "mcp_list_tools"})
+
+#: Why some others are refused.
+_WHY: Final = {"item_reference": "names an item that is not kept by itself; send the item"}
+
+_PLACE: Final = re.compile(r"messages\.(\d+)")
+
+
+class Reasoning(Body):
+    """How a model is to reason; what it thinks is told as it is, so no summary is made."""
+
+    effort: Literal["none", "low", "medium", "high"] | None = None
+    summary: Literal["auto"] | None = None
+
+
+class Text(Body):
+    """How the answer's text is to be."""
+
+    format: dict[str, Any] | None = None
+    verbosity: Literal["medium"] | None = None
+
+
+class Named(Body):
+    """A conversation as an object."""
+
+    id: str = Field(min_length=1, max_length=NAME_CHARS_MAX)
+
+
+class ResponseBody(Body):
+    """`POST /v1/responses`, without what is neutral."""
+
+    model: str = Field(default="", max_length=256)
+    input: str | Annotated[list[dict[str, Any]], Field(min_length=1, max_length=MESSAGES_MAX)]
+    instructions: str | None = Field(default=None, max_length=TEXT_CHARS_MAX)
+    previous_response_id: str | None = Field(default=None, min_length=1, max_length=256)
+    conversation: str | Named | None = None
+    store: bool = True
+    background: bool = False
+    stream: bool = False
+    temperature: float | None = Field(default=None, ge=0, le=2, allow_inf_nan=False)
+    top_p: float | None = Field(default=None, ge=0, le=1, allow_inf_nan=False)
+    max_output_tokens: int | None = Field(default=None, gt=0, le=2**31)
+    reasoning: Reasoning | None = None
+    text: Text | None = None
+    user: str | None = Field(default=None, min_length=1, max_length=512)
+    safety_identifier: str | None = Field(default=None, min_length=1, max_length=512)
+    metadata: (
+        dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]] | None
+    ) = Field(default=None, max_length=16)
+
+    @property
+    def name(self) -> str | None:
+        """What the client calls its conversation, if it has one."""
+        return self.conversation.id if isinstance(self.conversation, Named) else self.conversation
+
+    def options(self) -> Options:
+        """Return what is asked of the run; raises GatewayError for a format that is none."""
+        effort = self.reasoning.effort if self.reasoning is not None else None
+        return Options(
+            temperature=self.temperature,
+            top_p=self.top_p,
+            max_tokens=self.max_output_tokens,
+            response_format=_format(self.text),
+            thinking=EFFORTS[effort] if effort is not None else None,
+            user=self.user or self.safety_identifier,
+            metadata=self.metadata,
+        )
+
+    def echo(self, raw: Mapping[str, Any], name: str | None) -> dict[str, Any]:
+        """Return what a response repeats of its request, without what nobody has asked for."""
+        effort = self.reasoning.effort if self.reasoning is not None else None
+        told = {
+            "background": self.background or None,
+            "conversation": {"id": name} if name is not None else None,
+            "instructions": self.instructions,
+            "max_output_tokens": self.max_output_tokens,
+            "metadata": self.metadata,
+            "previous_response_id": self.previous_response_id,
+            "reasoning": {"effort": effort, "summary": None} if effort is not None else None,
+            "safety_identifier": self.safety_identifier,
+            "store": None if self.store else False,
+            "temperature": self.temperature,
+            "text": _told_format(self.text),
+            "top_p": self.top_p,
+            "user": self.user,
+        }
+        hints = ("parallel_tool_calls", "prompt_cache_key", "tool_choice", "truncation")
+        told |= {name: raw.get(name) for name in hints}
+        return {name: value for name, value in told.items() if value is not None}
+
+
+class Approval(NamedTuple):
+    """A person's answer to an `mcp_approval_request`."""
+
+    request_id: str
+    approve: bool
+    reason: str
+
+
+def parse_response(raw: Mapping[str, Any]) -> ResponseBody:
+    """Return a request for a response; raises GatewayError for what cannot be honoured."""
+    body = parse(without_neutral(raw, _NEUTRAL), ResponseBody)
+    if body.name is not None and not (
+        1 <= len(body.name) <= NAME_CHARS_MAX and body.name.isprintable()
+    ):
+        raise refuse(
+            "conversation",
+            f"The field 'conversation' must be 1 to {NAME_CHARS_MAX} printable characters.",
+        )
+    if body.previous_response_id is not None and body.conversation is not None:
+        raise refuse(
+            "conversation",
+            "A response goes on with 'previous_response_id' or with 'conversation', not with both.",
+        )
+    if body.store:
+        return body
+    for name in ("background", "previous_response_id", "conversation"):
+        if getattr(body, name):
+            raise refuse(
+                "store",
+                f"The field 'store' cannot be false with {name!r}, which needs what is stored.",
+            )
+    return body
+
+
+def _format(text: Text | None) -> dict[str, Any] | None:
+    """Return the format as completions have it; raises GatewayError."""
+    given = text.format if text is not None else None
+    if given is not None and given.get("type") == "json_schema":
+        schema = {name: value for name, value in given.items() if name != "type"}
+        # Clients that know no description say so with a null.
+        schema = {name: value for name, value in schema.items() if value is not None}
+        given = {"type": "json_schema", "json_schema": schema}
+    try:
+        return response_format_of(given)
+    except GatewayError:
+        raise refuse(
+            "text",
+            "The field 'text.format' must be of the type text, json_object, or json_schema with "
+            "'name', 'schema' and perhaps 'strict' and 'description'.",
+        ) from None
+
+
+def _told_format(text: Text | None) -> dict[str, Any] | None:
+    if text is None or text.format is None:
+        return None
+    if text.format.get("type") != "json_schema":
+        return {"format": text.format}
+    return {"format": {"strict": False, "description": None, **text.format}}
+
+
+async def read_input(body: ResponseBody, fetch: Fetch) -> Conversation | Approval:
+    """Return what was said, files fetched, or the answer to a question. Raises GatewayError."""
+    given = body.input
+    items = [{"role": "user", "content": given}] if isinstance(given, str) else given
+    if (approval := _approval(items)) is not None:
+        return approval
+    messages: list[dict[str, Any]] = []
+    places: list[int] = []
+    for index, item in enumerate(items):
+        made = _messages(item, f"input.{index}")
+        messages += made
+        places += [index] * len(made)
+    if not messages:
+        raise refuse("input", "The last item of 'input' must be the user's, and say something.")
+    try:
+        said = await conversation(messages, fetch)
+    except GatewayError as error:
+        if error.details.get("param") != "messages":
+            raise
+        raise refuse("input", _of_input(error.message, places)) from None
+    given_first = [body.instructions] if body.instructions else []
+    instructions = "\n\n".join([*given_first, *([said.instructions] if said.instructions else [])])
+    return said._replace(instructions=instructions)
+
+
+def _of_input(message: str, places: Sequence[int]) -> str:
+    """Return a sentence about messages as one about the items that they were."""
+    message = _PLACE.sub(lambda found: f"input.{places[int(found[1])]}", message)
+    for theirs, ours in (
+        (".image_url.url", ".image_url"),
+        (".file.file_data", ".file_data"),
+        ("The last message", "The last item of 'input'"),
+        ("The messages", "The items of 'input'"),
+        ("of type text, image_url, input_audio or file", "of type input_text, input_image, …"),
+    ):
+        message = message.replace(theirs, ours)
+    return message
+
+
+def _approval(items: Sequence[Mapping[str, Any]]) -> Approval | None:
+    """Return the answer that the items are, if one of them is. Raises GatewayError."""
+    answers = [item for item in items if item.get("type") == "mcp_approval_response"]
+    if not answers:
+        return None
+    item = answers[0]
+    request_id, approve = item.get("approval_request_id"), item.get("approve")
+    reason = item.get("reason") or ""
+    if not isinstance(request_id, str) or not isinstance(approve, bool) or type(reason) is not str:
+        raise refuse(
+            "input",
+            "An mcp_approval_response has the text 'approval_request_id' and 'approve', which is "
+            "true or false.",
+        )
+    if len(answers) > 1 or items[-1] is not item:
+        raise refuse(
+            "input",
+            "An mcp_approval_response must come last, and be the only one: one question is open "
+            "at a time, and what else there is to say comes with the next response.",
+        )
+    return Approval(request_id, approve, reason[:1000])
+
+
+def _messages(item: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
+    """Return an item as messages of a completion. Raises GatewayError."""
+    kind = item.get("type", "message")
+    if kind == "message":
+        return _message(item, where)
+    if kind in _LEFT_OUT:
+        return []
+    if kind in ("function_call", "mcp_call"):
+        call_id = item.get("call_id" if kind == "function_call" else "id")
+        function = {name: item.get(name) for name in ("name", "arguments")}
+        call = {"id": call_id, "type": "function", "function": function}
+        asked = {"role": "assistant", "content": None, "tool_calls": [call]}
+        if kind == "function_call":
+            return [asked]
+        result = item.get("output") or _failure(item)
+        return [asked, {"role": "tool", "tool_call_id": call_id, "content": result}]
+    if kind == "function_call_output":
+        output = _parts(item.get("output"), f"{where}.output")
+        return [{"role": "tool", "tool_call_id": item.get("call_id"), "content": output}]
+    why = _WHY.get(str(kind), "is nothing that this gateway makes or takes")
+    raise refuse("input", f"The field '{where}.type' {why}: {str(kind)[:100]!r}.")
+
+
+def _failure(item: Mapping[str, Any]) -> str:
+    error = item.get("error")
+    content = error.get("content") if isinstance(error, dict) else None
+    parts = content if isinstance(content, list) else []
+    return "".join(str(part.get("text", "")) for part in parts if isinstance(part, dict))
+
+
+def _message(item: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
+    content = _parts(item.get("content"), f"{where}.content")
+    if item.get("role") == "assistant" and not content:
+        return []  # It was cut off and asked for again.
+    return [{"role": item.get("role"), "content": content}]
+
+
+def _parts(content: Any, where: str) -> Any:
+    if not isinstance(content, list):
+        return content
+    return [_part(part, f"{where}.{index}") for index, part in enumerate(content)]
+
+
+def _part(part: Any, where: str) -> dict[str, Any]:
+    """Return a part of an item as one of a message; raises GatewayError."""
+    if not isinstance(part, dict):
+        raise refuse("input", f"The field '{where}' must be an object.")
+    for name in ("file_id", "file_url"):
+        if part.get(name) is not None:
+            raise refuse("input", f"The field '{where}.{name}' names a file that is not here.")
+    match str(part.get("type")):
+        case "input_text" | "output_text" | "text":
+            return {"type": "text", "text": part.get("text")}
+        case "refusal":
+            return {"type": "refusal", "refusal": part.get("refusal")}
+        case "input_image":
+            image = {"url": part.get("image_url"), "detail": part.get("detail")}
+            return {"type": "image_url", "image_url": image}
+        case "input_file":
+            file = {name: part.get(name) for name in ("filename", "file_data")}
+            return {"type": "file", "file": file}
+        case "input_audio":
+            return {"type": "input_audio", "input_audio": part.get("input_audio")}
+        case _:
+            raise refuse(
+                "input",
+                f"The field '{where}.type' must be input_text, input_image, input_file, "
+                "input_audio, output_text or refusal.",
+            )
+
+
+def only_new(said: Conversation) -> Conversation:
+    """Return what is said in a conversation that the gateway has; raises GatewayError."""
+    if said.history:
+        raise refuse(
+            "input",
+            "Where a response goes on with a conversation, 'input' is what the user says now; the "
+            "gateway has the rest.",
+        )
+    prompt: UserTurn = said.prompt
+    return said._replace(tail=[prompt])
