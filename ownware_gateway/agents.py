@@ -91,7 +91,7 @@ class Agents:
             return None
         spawns = [call.agent for call in self._facts.open_agents if call.agent is not None]
         kept = sum(spawn.max_cost_usd or 0 for spawn in spawns)
-        return (limit - (self._facts.usage.cost_usd or 0) - kept) / count
+        return (limit - self._facts.spent_usd - kept) / count
 
     def _spawned(self, call: Call, left_ms: int, share: float | None, room: int) -> Sequence[Event]:
         """Return the events that make a call an agent's run. Raises GatewayError."""
@@ -212,6 +212,7 @@ async def _outcome(parts: Parts, turn: Turn, call: Call, child: Run) -> Sequence
     runs = await load(parts.log, child.stream, after=child.start_seq, files=False)
     facts = runs[0] if runs else None
     output = clip(parts.masker.text(_told(call.agent.name, child, facts)))
+    known = facts.spent_usd if facts is not None else 0.0
     took_ms = (child.terminal_at or child.accepted_at) - child.accepted_at
     status = _STATUSES.get(child.status, "error")
     complete = AgentComplete(
@@ -221,6 +222,7 @@ async def _outcome(parts: Parts, turn: Turn, call: Call, child: Run) -> Sequence
         error=None if status == "completed" else child.code or child.status,
         duration_ms=took_ms,
         usage=child.usage,
+        known_cost_usd=known if child.usage.cost_usd is None and known else None,
         turn_count=facts.turns_done if facts is not None else None,
         turn_index=turn.index,
     )

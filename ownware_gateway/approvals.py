@@ -44,7 +44,10 @@ class Decision(NamedTuple):
 
 
 class Approvals:
-    """The questions of all runs. `go` is told of a run whose question has its answer."""
+    """The questions of all runs. `go` is told of a run whose question has its answer.
+
+    Also of one that must be over before it is its turn to ask.
+    """
 
     def __init__(
         self, log: Log, clock_ms: Callable[[], int], masker: Masker, go: Callable[[str], None]
@@ -53,7 +56,8 @@ class Approvals:
         self._masker = masker
         self._clock_ms = clock_ms
         self._go = go
-        #: When each run's question expires, in milliseconds since 1970: a run has one at a time.
+        #: When each run's question expires, in milliseconds since 1970: a run has one at a time, or
+        #: stands in line to ask one and must be over then.
         self._expires_at: dict[str, int] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._rings_at = 0
@@ -149,14 +153,18 @@ class Approvals:
         for asked in await self._log.pending():
             self._note(asked)
 
+    def watch_clock(self, run_id: str, ends_at: int) -> None:
+        """Look at a run again at a time, in milliseconds since 1970."""
+        self._expires_at[run_id] = ends_at
+        if self._timer is None or ends_at < self._rings_at:
+            self._set_timer(ends_at)
+
     def forget(self, run_id: str) -> None:
         """Let go of the run's question: it has its answer, or the run has ended."""
         self._expires_at.pop(run_id, None)
 
     def _note(self, asked: Permission) -> None:
-        self._expires_at[asked.run_id] = asked.expires_at
-        if self._timer is None or asked.expires_at < self._rings_at:
-            self._set_timer(asked.expires_at)
+        self.watch_clock(asked.run_id, asked.expires_at)
 
     def _set_timer(self, at: int) -> None:
         """Look through the questions when the clock says so; while that is done, afterwards."""
@@ -195,7 +203,11 @@ class Approvals:
 
     async def _expire(self, run_id: str) -> None:
         now = self._clock_ms()
-        for asked in await self._log.pending(run_id=run_id):
+        pending = await self._log.pending(run_id=run_id)
+        if not pending:
+            # It stands in line, or has its answer; whoever drives it sees which.
+            self._go(run_id)
+        for asked in pending:
             if asked.expires_at > now:
                 self._note(asked)
                 continue

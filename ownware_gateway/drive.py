@@ -116,7 +116,10 @@ class Drive:
         self._began_s = self._loop.time()
         self._began_ms = assignment.run.active_ms
         self._scope: asyncio.Timeout | None = None
-        self._timed_out = False
+        #: Its time was up when its agents were told to stop, and it rests until they have.
+        self._timed_out = bool(self._facts.open_agents) and self._began_ms >= self._run.timeout_ms
+        #: What of its active time is its agents', and is not in the log yet.
+        self._charged_ms = 0
         self._budgets = assignment.budgets
         self._ends_at = assignment.ends_at
         #: Which budget is used up, in a sentence.
@@ -269,7 +272,9 @@ class Drive:
 
     def _charge(self, active_ms: int) -> None:
         """Note that the run has been active for so long at least, its agents' time included."""
-        self._began_ms += max(0, active_ms - self._active_ms())
+        grown_ms = max(0, active_ms - self._active_ms())
+        self._began_ms += grown_ms
+        self._charged_ms += grown_ms
         self._timed_out |= self._active_ms() >= self._run.timeout_ms
 
     async def _question(self, step: Question) -> bool:
@@ -287,7 +292,13 @@ class Drive:
 
     async def _park(self, rests_on: RestsOn, agents: int) -> bool:
         cancelled = self._facts.cancel is not None
-        return await self._parts.log.park(self._guard, rests_on, agents=agents, cancelled=cancelled)
+        return await self._parts.log.park(
+            self._guard,
+            rests_on,
+            agents=agents,
+            cancelled=cancelled,
+            active_ms=self._active_ms(),
+        )
 
     @property
     def _turn(self) -> Turn:
@@ -306,6 +317,7 @@ class Drive:
         for event in events:
             self._facts.apply(event)
         guard = self._guard._replace(asks=True) if asks else self._guard
+        charged_ms, self._charged_ms = self._charged_ms, 0
         return self._parts.log.append(
             Append(
                 self._run.stream,
@@ -313,6 +325,7 @@ class Drive:
                 events,
                 private,
                 active_ms=self._active_ms(),
+                charged_ms=charged_ms,
                 spent=spent,
             )
         )

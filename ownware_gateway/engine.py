@@ -345,6 +345,7 @@ class Engine:
                     await self.approvals.next_in_line(run.thread_id, besides=run_id)
             else:
                 await self.approvals.watch(run_id)
+                await self._watch_clock(run)
         except Refused:
             _log.info("run %s has ended, or is driven by another gateway now", run_id)
         except Exception:  # noqa: BLE001 - a task of the engine must not die unheard
@@ -355,6 +356,17 @@ class Engine:
             del self._slots[run_id]
             if slot.again:
                 self._go(run_id)
+
+    async def _watch_clock(self, run: Run) -> None:
+        """Have a run end in time that stands in line behind another agent's question.
+
+        One that asks has a question that expires then, and one whose agents are under way is told.
+        """
+        if run.rests_on != "line":
+            return
+        wall_ms = (await self._stored_profile(run)).execution.max_wall_time
+        if wall_ms is not None:
+            self.approvals.watch_clock(run.id, run.accepted_at + wall_ms)
 
     def _keep(self, run: Run, history: list[RunFacts]) -> None:
         """Keep the conversation of a run that has ended well, for the next one in it.
@@ -600,6 +612,8 @@ class Engine:
         unfinished = await self._parts.log.unfinished()
         under_way = [run for run in unfinished if run.rests_on is None or run.code is not None]
         await self.approvals.watch_all()
+        for run in unfinished:
+            await self._watch_clock(run)
         if any(run.deaths >= DEATHS_CAREFUL for run in under_way):
             task = asyncio.get_running_loop().create_task(self._one_at_a_time(under_way))
             self._tasks.add(task)

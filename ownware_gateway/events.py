@@ -352,7 +352,10 @@ class AgentSpawn(Event):
 
 
 class AgentComplete(Event):
-    """An agent's run has ended; `result` is what the model is told of it."""
+    """An agent's run has ended; `result` is what the model is told of it.
+
+    `known_cost_usd` is what is known of its cost, where the sum in `usage` is not.
+    """
 
     type: Literal["agent.complete"] = "agent.complete"
     agent_id: str
@@ -361,6 +364,7 @@ class AgentComplete(Event):
     error: str | None = Field(default=None, exclude_if=_absent)
     duration_ms: int
     usage: Usage | None = Field(default=None, exclude_if=_absent)
+    known_cost_usd: float | None = Field(default=None, exclude_if=_absent)
     turn_count: int | None = Field(default=None, exclude_if=_absent)
     turn_index: int
 

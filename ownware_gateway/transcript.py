@@ -229,8 +229,9 @@ class RunFacts:
                 costs.append(turn.end.usage.cost_usd)
             elif turn.answer is not None:
                 costs.append(turn.answer.usage.cost_usd)
-            agents = (call.complete.usage for call in turn.calls.values() if call.complete)
-            costs += [usage.cost_usd for usage in agents if usage is not None]
+            for call in turn.calls.values():
+                if call.complete is not None and call.complete.usage is not None:
+                    costs += [call.complete.usage.cost_usd, call.complete.known_cost_usd]
         return sum(cost for cost in costs if cost is not None)
 
     @property

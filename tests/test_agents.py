@@ -937,6 +937,32 @@ async def test_a_run_that_must_be_over_by_the_clock_ends_then_though_its_agents_
     assert {only(said, "session.end")["reason"] for said in of.values()} == {"budget_exceeded"}
 
 
+async def test_an_agent_that_must_be_over_by_the_clock_ends_then_though_others_ask_before_it(
+    abrupt: None, start_gateway: Gateways, http: Http, provider: Provider, asking: MakeProfile
+) -> None:
+    asking("assistant", security=AUTO, subagents=helper_of("helps", quick="quick"))
+    execution = {"maxWallTime": "1s"}
+    asking("quick", model="openai:quick-model", security=ASK, execution=execution)
+    up = await start_gateway()
+    first = asyncio.Event()
+    provider.reply_as("test-model", Reply(calls=[spawn("a"), spawn("b", "quick")]), Reply())
+    provider.reply_as("helps-model", Reply(calls=[write("a.txt")]), Reply())
+    provider.reply_as("quick-model", Reply(calls=[write("b.txt")], gate=first))
+    run = await start_run(http, up.url, "go")
+    asked = await nth(http, up, run, "permission.request")
+    first.set()
+    in_line = (await nth(http, up, run, "agent.spawn", 2))["runId"]
+    await provider.requested(3)
+    await until(lambda: in_line not in up.engine._slots)
+    up = await start_gateway.restart(up)
+    complete = await nth(http, up, run, "agent.complete")
+    assert complete["error"] == "budget_exceeded"
+    assert complete["agentId"] != asked["agentId"]
+    await resume(http, up, run, "approve", requestId=asked["requestId"])
+    of = await all_events(http, up, run)
+    assert only(of["root"], "session.end")["status"] == "succeeded"
+
+
 # -- their end
 
 
@@ -1259,3 +1285,108 @@ async def test_a_death_between_an_agents_end_and_its_telling_tells_it_once(
     assert only(root, "agent.complete")["result"] == "It is so."
     assert only(root, "session.end")["status"] == "succeeded"
     assert len(provider.requests) == 3
+
+
+# -- where trees, budgets, questions and deletions meet
+
+
+async def test_the_money_known_to_be_spent_is_not_shared_again_though_a_price_is_not_known(
+    start_gateway: Gateways, http: Http, provider: Provider, make_profile: MakeProfile
+) -> None:
+    make_profile(
+        "assistant",
+        model="openai:gpt-4o-mini",
+        security=AUTO,
+        execution={"maxCostUsd": 1.0},
+        subagents=helper_of("helps", unpriced="unpriced"),
+    )
+    make_profile("helps", model="openai:gpt-4o-mini", security=AUTO)
+    make_profile("unpriced", model="openai:helps-model", security=AUTO)
+    up = await start_gateway()
+    provider.reply_as(
+        "gpt-4o-mini",
+        Reply(calls=[spawn("a", "unpriced")], usage=(1_000_000, 10)),
+        Reply(calls=[spawn("b")], usage=(1_000_000, 10)),
+        Reply(text=["Done."]),
+        Reply(text=["Done."]),
+    )
+    provider.reply_as("helps-model", Reply(text=["Done."]))
+    root = (await all_events(http, up, await start_run(http, up.url, "go")))["root"]
+    first, second = of_type(root, "agent.spawn")
+    spent = sum(event["usage"]["costUsd"] for event in of_type(root, "turn.end")[:2])
+    assert first["maxCostUsd"] < 1.0
+    assert math.isclose(second["maxCostUsd"], 1.0 - spent)
+
+
+async def test_what_is_known_of_an_agents_cost_counts_though_not_all_of_it_is_known(
+    start_gateway: Gateways, http: Http, provider: Provider, make_profile: MakeProfile
+) -> None:
+    make_profile(
+        "assistant",
+        model="openai:gpt-4o-mini",
+        security=AUTO,
+        execution={"maxCostUsd": 0.4},
+        subagents=helper_of("middle"),
+    )
+    make_profile("middle", model="openai:gpt-4o", security=AUTO, subagents=helper_of("unpriced"))
+    make_profile("unpriced", model="openai:helps-model", security=AUTO)
+    up = await start_gateway()
+    provider.reply_as("gpt-4o-mini", Reply(calls=[spawn("a")]), Reply(text=["Not to be asked."]))
+    last = Reply(text=["Done."], usage=(200_000, 10))
+    provider.reply_as("gpt-4o", Reply(calls=[spawn("b")]), last)
+    provider.reply_as("helps-model", Reply(text=["Done."]))
+    root = (await all_events(http, up, await start_run(http, up.url, "go")))["root"]
+    complete = only(root, "agent.complete")
+    assert complete["usage"]["costUsd"] is None
+    assert complete["knownCostUsd"] > 0.4
+    assert only(root, "session.end")["code"] == "budget_exceeded"
+
+
+async def test_the_time_of_an_agent_counts_once_for_the_day_of_its_profile(
+    start_gateway: Gateways, http: Http, provider: Provider, make_profile: MakeProfile
+) -> None:
+    make_profile("assistant", security=AUTO, subagents=helper_of("assistant"))
+    up = await start_gateway()
+    child = Reply(text=["Done."], delay_s=0.3)
+    provider.reply(Reply(calls=[spawn("a")]), child, Reply(text=["Done."]))
+    run = await start_run(http, up.url, "go")
+    root = (await all_events(http, up, run))["root"]
+    own = await up.log.run(run["runId"])
+    below = await up.log.run(only(root, "agent.spawn")["runId"])
+    assert own is not None
+    assert below is not None
+    usage = await get_json(http, up.url, "/usage?profileId=assistant")
+    # What the run above was charged with stands in its row, and is the agent's.
+    assert below.active_ms <= usage["activeMs"] < own.active_ms + below.active_ms
+
+
+async def test_a_run_whose_time_is_up_ends_so_though_its_agents_must_stop_first(
+    start_gateway: Gateways, http: Http, provider: Provider, asking: MakeProfile
+) -> None:
+    asking("assistant", security=AUTO, execution={"timeout": 400}, subagents=helper_of("helps"))
+    up = await start_gateway()
+    sleep = Call("shell_execute", {"command": "sleep 30"})
+    provider.reply_as("test-model", Reply(calls=[spawn("a"), sleep]))
+    provider.reply_as("helps-model", Reply(calls=[write("a.txt")]))
+    of = await all_events(http, up, await start_run(http, up.url, "go"))
+    assert only(of["root"], "session.end")["status"] == "timed_out"
+    assert [asked.body["model"] for asked in provider.requests].count("test-model") == 1
+
+
+async def test_every_run_above_one_that_asks_shows_the_question_that_it_waits_for(
+    start_gateway: Gateways, http: Http, provider: Provider, asking: MakeProfile
+) -> None:
+    asking("assistant", security=AUTO, subagents=helper_of("middle"))
+    asking("middle", model="openai:middle-model", security=AUTO, subagents=helper_of("helps"))
+    up = await start_gateway()
+    provider.reply_as("test-model", Reply(calls=[spawn("a")]), Reply())
+    provider.reply_as("middle-model", Reply(calls=[spawn("b")]), Reply())
+    provider.reply_as("helps-model", Reply(calls=[write("a.txt")]), Reply())
+    run = await start_run(http, up.url, "go")
+    asked = await nth(http, up, run, "permission.request")
+    listed = (await get_json(http, up.url, "/runs?status=waiting"))["items"]
+    assert len(listed) == 3
+    for item in [*listed, *[await shown(http, up, item["runId"]) for item in listed]]:
+        assert [q["requestId"] for q in item["pendingPermissions"]] == [asked["requestId"]]
+    await resume(http, up, run, "approve")
+    await all_events(http, up, run)

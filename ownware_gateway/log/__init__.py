@@ -288,7 +288,8 @@ class Append:
     """Events to be stored together or not at all; `active_ms` updates the driven run's row.
 
     What a model call has cost is `spent`: it is added to what the run's profile has spent that day,
-    and so is what `active_ms` has grown by. Deltas may wait a moment for others to share their
+    and so is what `active_ms` has grown by, but for `charged_ms`: its agents' time, which counts
+    for the day where they append it. Deltas may wait a moment for others to share their
     commit, unless they are to go `at_once`.
     """
 
@@ -297,6 +298,7 @@ class Append:
     events: Sequence[Event]
     private: Sequence[Private] = ()
     active_ms: int | None = field(default=None, kw_only=True)
+    charged_ms: int = field(default=0, kw_only=True)
     spent: Spent | None = field(default=None, kw_only=True)
     at_once: bool = field(default=False, kw_only=True)
 
@@ -349,12 +351,21 @@ class Log(Protocol):
         """Raise the run's generation, so that whoever drove it can write nothing more."""
         ...
 
-    async def park(self, guard: Drives, rests_on: RestsOn, *, agents: int, cancelled: bool) -> bool:
+    async def park(
+        self,
+        guard: Drives,
+        rests_on: RestsOn,
+        *,
+        agents: int,
+        cancelled: bool,
+        active_ms: int | None = None,
+    ) -> bool:
         """Note that a run has no task and what it waits for; False when there is something to do.
 
         That is so when not so many of its agents are under way, when it was asked to stop since
-        (or was not), when nobody is ahead of it in the line, and when no person is asked. Raises
-        Refused when the run is not the caller's any more.
+        (or was not), when nobody is ahead of it in the line, and when no person is asked. Whoever
+        goes on with it starts from `active_ms`. Raises Refused when the run is not the caller's
+        any more.
         """
         ...
 

@@ -52,6 +52,8 @@ KEYS_KEPT_MS: Final = 8 * 86_400_000
 
 INBOX_STREAM: Final = Stream(INBOX)
 
+_NOTHING: Final = Spent()
+
 
 class Appending:
     """An append on its way. Its events are encoded at once, and then let go: most are deltas."""
@@ -61,6 +63,7 @@ class Appending:
         self._guard = append.guard
         self._private = append.private
         self._active_ms = append.active_ms
+        self._charged_ms = append.charged_ms
         self._spent = append.spent
         self._types = [event.type for event in append.events]
         self._payloads = [event.encode() for event in append.events]
@@ -96,26 +99,15 @@ class Appending:
             seq = records[fact.place].seq
             connection.run("add_private", key, seq, f"{fact.kind}.{fact.index:02d}", fact.body)
         if self._active_ms is not None:
-            self._add_spent(connection, run_id, now)
-            connection.run("run_active_ms", self._active_ms, run_id)
+            cost_usd, turns, _ = self._spent or _NOTHING
+            spent = Spent(cost_usd, turns, self._active_ms)
+            count_active(connection, run_id, now, spent, self._charged_ms)
         for place, event in self._facts:
             row = {"run_id": run_id, "seq": records[place].seq, "now": now}
             _change_rows(connection, event, row)
         self._tell_others(connection, run_id, now)
         if isinstance(self._guard, Starts):
             self.started = connection.find_run(run_id)
-
-    def _add_spent(self, connection: GroupConnection, run_id: str, now: int) -> None:
-        """Add to the day's sum of the run's profile, before the run's own row is changed."""
-        cost_usd, turns, _ = self._spent or Spent()
-        connection.run(
-            "add_spent",
-            run_id=run_id,
-            day=now // DAY_MS,
-            cost_usd=cost_usd,
-            turns=turns,
-            active_ms=self._active_ms,
-        )
 
     def _tell_others(self, connection: GroupConnection, run_id: str, now: int) -> None:
         """Copy what people are asked, and their answers, to where people look.
@@ -151,6 +143,25 @@ class Appending:
         records = numbered(head, [kind for kind, _ in events], bodies)
         connection.store(key, records)
         self.appended.append((stream, records))
+
+
+def count_active(
+    connection: GroupConnection, run_id: str, now: int, spent: Spent, charged_ms: int = 0
+) -> None:
+    """Note how long a run has been active in all, and add to the day's sum of its profile.
+
+    In this order: what it has been active since then is the difference to its row.
+    """
+    connection.run(
+        "add_spent",
+        run_id=run_id,
+        day=now // DAY_MS,
+        cost_usd=spent.cost_usd,
+        turns=spent.turns,
+        active_ms=spent.active_ms,
+        charged_ms=charged_ms,
+    )
+    connection.run("run_active_ms", spent.active_ms, run_id)
 
 
 def _enter(
@@ -278,7 +289,8 @@ def _change_rows(connection: GroupConnection, event: Event, row: dict[str, Any])
         case SessionStart():
             connection.run("run_starts", **row)
         case TurnEnd():
-            _add_usage(connection, row, event.usage)
+            total = _usage_of(connection, row).plus(event.usage)
+            connection.run("run_usage", **row, usage=total.model_dump_json())
         case CompactionEnd(usage=Usage() as used):
             # First, for the sum names the model that has answered last.
             total = _usage_of(connection, row)
@@ -317,7 +329,8 @@ def _change_rows(connection: GroupConnection, event: Event, row: dict[str, Any])
             # So that it can be followed as soon as it is heard of.
             connection.run("stream_of_agent", **row, agent_id=event.agent_id)
         case AgentComplete(usage=Usage() as used):
-            _add_usage(connection, row, used)
+            total = _usage_of(connection, row).plus_agent(used)
+            connection.run("run_usage", **row, usage=total.model_dump_json())
         case _:
             pass
 
@@ -331,11 +344,6 @@ def _question(event: Asks) -> str | None:
         return None
     shown = {"question": event.question, "options": event.options, "multiple": event.multiple}
     return json.dumps(shown)
-
-
-def _add_usage(connection: GroupConnection, row: dict[str, Any], usage: Usage) -> None:
-    total = _usage_of(connection, row).plus(usage)
-    connection.run("run_usage", **row, usage=total.model_dump_json())
 
 
 def _usage_of(connection: GroupConnection, row: dict[str, Any]) -> Usage:

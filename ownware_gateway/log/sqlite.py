@@ -42,7 +42,7 @@ from ownware_gateway.log import (
     ThreadQuery,
     Tombstone,
 )
-from ownware_gateway.log.appends import INBOX_STREAM, Appending, kept_start_of
+from ownware_gateway.log.appends import INBOX_STREAM, Appending, count_active, kept_start_of
 from ownware_gateway.log.group import (
     ACTIVE_RUN,
     PERMISSION_BY_ID,
@@ -179,14 +179,24 @@ class SqliteLog:
         assert run is not None
         return run
 
-    async def park(self, guard: Drives, rests_on: RestsOn, *, agents: int, cancelled: bool) -> bool:
+    async def park(
+        self,
+        guard: Drives,
+        rests_on: RestsOn,
+        *,
+        agents: int,
+        cancelled: bool,
+        active_ms: int | None = None,
+    ) -> bool:
         """Note that a run has no task, and what it waits for; False if it has something to do."""
         seen = {"rests_on": rests_on, "agents": agents, "cancelled": cancelled}
 
-        def do(connection: GroupConnection, _: int) -> bool:
+        def do(connection: GroupConnection, now: int) -> bool:
             row = connection.one("fence", guard.run_id)
             if row is None or row[1] or row[0] != guard.generation:
                 raise Refused(connection.find_run(guard.run_id))
+            if active_ms is not None:
+                count_active(connection, guard.run_id, now, Spent(active_ms=active_ms))
             return connection.run("park", run_id=guard.run_id, **seen) > 0
 
         return await self._writer.do(do)

@@ -1,12 +1,14 @@
 """What the log guards for agents that work for a run: one beginning, one question at a time."""
 
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from ownware_gateway.events import AgentComplete, AgentSpawn, Usage
 from ownware_gateway.log import (
+    DAY_MS,
     INBOX,
     Append,
     Drives,
@@ -31,6 +33,7 @@ from tests.log import (
     session_end,
     session_start,
     starts,
+    turn_end,
 )
 
 CHILD = Stream(STREAM.thread_id, "agent_1")
@@ -205,6 +208,51 @@ async def test_what_an_agent_has_used_counts_for_its_run_as_it_goes_on(log: Sqli
     await log.append(drives("run_1", complete)).wait()
     usage = (await found(log, "run_1")).usage
     assert (usage.input_tokens, usage.cost_usd) == (5, 0.5)
+
+
+async def test_an_agent_that_has_asked_no_model_makes_no_secret_of_what_its_run_has_cost(
+    log: SqliteLog,
+) -> None:
+    own = Usage(input_tokens=7, model="m", cost_usd=0.25)
+    await log.append(drives("run_1", turn_end(own))).wait()
+    for used in (Usage(), Usage(input_tokens=5, model="other", cost_usd=0.5)):
+        complete = AgentComplete(
+            agent_id="agent_1",
+            result="",
+            status="error",
+            duration_ms=1,
+            usage=used,
+            turn_index=1,
+        )
+        await log.append(drives("run_1", complete)).wait()
+    usage = (await found(log, "run_1")).usage
+    assert (usage.input_tokens, usage.cost_usd, usage.model) == (12, 0.75, "m")
+
+
+async def test_the_run_that_keeps_a_thread_from_being_deleted_is_the_one_above_all_others(
+    log: SqliteLog,
+) -> None:
+    await begun(log)
+    with pytest.raises(Refused) as info:
+        await log.delete(STREAM.thread_id, "test")
+    assert info.value.winner == await log.run("run_1")
+
+
+async def test_a_run_at_rest_goes_on_from_the_time_that_it_has_been_active(log: SqliteLog) -> None:
+    await begun(log)
+    assert await log.park(PARENT, "agents", agents=1, cancelled=False, active_ms=700)
+    assert (await found(log, "run_1")).active_ms == 700
+    assert (await log.spent("p", Clock()() // DAY_MS)).active_ms == 700
+
+
+async def test_an_agents_time_counts_for_the_day_where_the_agent_has_appended_it(
+    log: SqliteLog,
+) -> None:
+    drive = drives("run_1", turn_end(Usage()))
+    await log.append(replace(drive, active_ms=100)).wait()
+    await log.append(replace(drive, active_ms=1_000, charged_ms=850)).wait()
+    assert (await found(log, "run_1")).active_ms == 1_000
+    assert (await log.spent("p", Clock()() // DAY_MS)).active_ms == 150
 
 
 async def test_agents_are_counted_through_all_that_they_spawn(log: SqliteLog) -> None:

@@ -217,9 +217,8 @@ class Native(ServerHandlers, ServiceHandlers):
         """Return what a run waits for: the question of an agent, too, that works for it."""
         if run.terminal:
             return []
-        if run.agent_id == ROOT:
-            return await self._log.pending(thread_id=run.thread_id)
-        return await self._log.pending(run_id=run.id)
+        pending = await self._log.pending(thread_id=run.thread_id)
+        return [asked for asked in pending if await self._works_for(asked.run_id, run)]
 
     async def cancel(self, request: web.Request) -> web.Response:
         """Ask a run to stop."""

@@ -219,9 +219,10 @@ SELECT seq, body FROM private INDEXED BY summaries
 WHERE stream_key = ? AND seq <= ? AND kind = 'summary.00' ORDER BY seq DESC LIMIT 1;
 
 -- add_spent --
--- Before the run's row: what the run has been active since then is the difference.
+-- Before the run's row: what the run has been active since then is the difference, but for what it
+-- was charged with, which its agents have counted.
 INSERT INTO spent (profile_id, day, cost_usd, turns, active_ms)
-SELECT profile_id, :day, :cost_usd, :turns, max(:active_ms - active_ms, 0)
+SELECT profile_id, :day, :cost_usd, :turns, max(:active_ms - :charged_ms - active_ms, 0)
 FROM runs WHERE id = :run_id
 ON CONFLICT (profile_id, day) DO UPDATE SET
     cost_usd = cost_usd + excluded.cost_usd,
@@ -315,7 +316,8 @@ SELECT id FROM threads WHERE forked_from = ? ORDER BY key;
 
 -- thread_streams --
 SELECT streams.key, streams.agent_id, streams.head
-FROM streams JOIN threads ON threads.key = streams.thread_key WHERE threads.id = ?;
+FROM streams JOIN threads ON threads.key = streams.thread_key
+WHERE threads.id = ? ORDER BY streams.key;
 
 -- delete_events --
 DELETE FROM events WHERE stream_key = ?;
