@@ -12,15 +12,13 @@ from ownware_gateway.profile import Profile
 from ownware_gateway.profile.gateway import used
 from ownware_gateway.profile.servers import McpServer
 from ownware_gateway.tools import OUTPUT_LIMIT_BYTES, Context, Output, Tool, ToolFailed
+from ownware_gateway.tools.keepers import Key, missing_of, ready, tools_of
 
 #: Servers that callers may have added at a time.
 ADDED_MAX: Final = 64
 
 #: How long the last of them may take to end when the gateway leaves; the watchdog kills the rest.
 CLOSE_S: Final = 10.0
-
-#: The profile that a server belongs to, None for the gateway's own, and its name.
-_Key = tuple[str | None, str]
 
 
 class Supervisor:
@@ -29,7 +27,7 @@ class Supervisor:
     def __init__(self, files: ServerFiles, given: Given) -> None:
         self._files = files
         self._given = given
-        self._keepers: dict[_Key, Keeper] = {}
+        self._keepers: dict[Key, Keeper] = {}
         self._added: dict[str, McpServer] = {}
         self._enabled: set[str] = set()
         self._retiring: set[Keeper] = set()
@@ -58,30 +56,17 @@ class Supervisor:
         self._files.refresh()
         wanted = dict(self._wanted(profile))
         self._retire_others(profile, wanted)
-        keepers = [self._keeper(key, settings) for key, settings in wanted.items()]
-        for keeper in keepers:
-            keeper.use()
-        for keeper in keepers:
-            await keeper.settled()
+        await ready([self._keeper(key, settings) for key, settings in wanted.items()])
 
     def tools(self, profile: Profile) -> Mapping[str, Tool]:
         """Return the tools that the servers of a profile have now, by name."""
-        found: dict[str, Tool] = {}
-        for key, _ in self._wanted(profile):
-            if (keeper := self._keepers.get(key)) is not None:
-                found |= keeper.tools()
-        return found
+        return tools_of(self._keepers, dict(self._wanted(profile)))
 
     def missing(self, profile: Profile) -> Mapping[str, str]:
         """Return those of a profile's servers that cannot be used now, with a sentence each."""
-        found: dict[str, str] = {}
-        for key, _ in self._wanted(profile):
-            keeper = self._keepers.get(key)
-            if keeper is not None and (why := keeper.unavailable()) is not None:
-                found[key[1]] = why
-        return found
+        return missing_of(self._keepers, dict(self._wanted(profile)))
 
-    def _wanted(self, profile: Profile) -> Iterator[tuple[_Key, McpServer]]:
+    def _wanted(self, profile: Profile) -> Iterator[tuple[Key, McpServer]]:
         """Yield what a profile's agent uses: its own, and those of the gateway that it may."""
         own = {name: item for name, item in profile.tools.mcp.items() if item.enabled}
         gateway = {name: settings for name, (settings, _) in self._gateway().items()}
@@ -99,7 +84,7 @@ class Supervisor:
             name: (settings, "api") for name, settings in self._added.items() if settings.enabled
         }
 
-    def _keeper(self, key: _Key, settings: McpServer) -> Keeper:
+    def _keeper(self, key: Key, settings: McpServer) -> Keeper:
         keeper = self._keepers.get(key)
         if keeper is not None and keeper.settings != settings:
             self._retire(key)
@@ -108,7 +93,7 @@ class Supervisor:
             keeper = self._keepers[key] = Keeper(key[1], settings, self._given)
         return keeper
 
-    def _retire_others(self, profile: Profile, wanted: Mapping[_Key, McpServer]) -> None:
+    def _retire_others(self, profile: Profile, wanted: Mapping[Key, McpServer]) -> None:
         """End what the profile or the gateway has no more."""
         gateway = self._gateway()
         for key in list(self._keepers):
@@ -118,7 +103,7 @@ class Supervisor:
             ):
                 self._retire(key)
 
-    def _retire(self, key: _Key) -> None:
+    def _retire(self, key: Key) -> None:
         keeper = self._keepers.pop(key)
         self._retiring.add(keeper)
         task = asyncio.get_running_loop().create_task(self._end(keeper))
@@ -145,7 +130,7 @@ class Supervisor:
         ]
         return found
 
-    def _status(self, key: _Key, settings: McpServer, source: Source) -> ServerStatus:
+    def _status(self, key: Key, settings: McpServer, source: Source) -> ServerStatus:
         profile_id, name = key
         names = variables(settings)
         keeper = self._keepers.get(key) or Keeper(name, settings, self._given)

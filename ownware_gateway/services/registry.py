@@ -17,6 +17,7 @@ from ownware_gateway.profile.services import Service, shown_url
 from ownware_gateway.services import ServiceStatus
 from ownware_gateway.services.config import ServiceFiles
 from ownware_gateway.tools import Tool
+from ownware_gateway.tools.keepers import Key, missing_of, ready, tools_of
 
 if TYPE_CHECKING:
     from aiohttp.abc import AbstractResolver
@@ -25,9 +26,6 @@ if TYPE_CHECKING:
 
 #: The module that brings all others that know OpenAPI.
 _KEEPER: Final = "ownware_gateway.services.keeper"
-
-#: The profile that a service belongs to, None for the gateway's own, and its name.
-_Key = tuple[str | None, str]
 
 
 class Registry:
@@ -50,7 +48,7 @@ class Registry:
         self._masker = masker
         self._taken = taken
         self._resolver = resolver
-        self._keepers: dict[_Key, Keeper] = {}
+        self._keepers: dict[Key, Keeper] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         if both := self._clashing():
             raise BootError(f"{_clash(min(both))} Rename one of them.")
@@ -77,30 +75,17 @@ class Registry:
         if _KEEPER not in sys.modules:
             # It takes a while, in which others go on.
             await asyncio.to_thread(importlib.import_module, _KEEPER)
-        keepers = [self._keeper(key, settings, profile) for key, settings in wanted.items()]
-        for keeper in keepers:
-            keeper.use()
-        for keeper in keepers:
-            await keeper.settled()
+        await ready([self._keeper(key, settings, profile) for key, settings in wanted.items()])
 
     def tools(self, profile: Profile) -> Mapping[str, Tool]:
         """Return the tools that the services of a profile have now, by name."""
-        found: dict[str, Tool] = {}
-        for key, _ in self._wanted(profile):
-            if (keeper := self._keepers.get(key)) is not None:
-                found |= keeper.tools()
-        return found
+        return tools_of(self._keepers, dict(self._wanted(profile)))
 
     def missing(self, profile: Profile) -> Mapping[str, str]:
         """Return those of a profile's services that cannot be used now, with a sentence each."""
-        found: dict[str, str] = {}
-        for key, _ in self._wanted(profile):
-            keeper = self._keepers.get(key)
-            if keeper is not None and (why := keeper.unavailable()) is not None:
-                found[key[1]] = why
-        return found
+        return missing_of(self._keepers, dict(self._wanted(profile)))
 
-    def _wanted(self, profile: Profile) -> Iterator[tuple[_Key, Service]]:
+    def _wanted(self, profile: Profile) -> Iterator[tuple[Key, Service]]:
         """Yield what a profile's agent uses: its own, and those of the gateway that it may."""
         own = {name: item for name, item in profile.tools.services.items() if item.enabled}
         for is_own, name, settings in used(profile.tools, own, self._gateway()):
@@ -118,7 +103,7 @@ class Registry:
         """Return the names of services that are those of MCP servers too."""
         return {*self._files.known} & {*self._taken()} if self._files.known else set()
 
-    def _keeper(self, key: _Key, settings: Service, profile: Profile) -> "Keeper":
+    def _keeper(self, key: Key, settings: Service, profile: Profile) -> "Keeper":
         from ownware_gateway.services.keeper import Given, Keeper
 
         scope, name = key
@@ -129,7 +114,7 @@ class Registry:
             keeper = self._keepers[key] = Keeper(name, settings, folder, given)
         return keeper
 
-    def _forget_others(self, profile: Profile, wanted: Mapping[_Key, Service]) -> None:
+    def _forget_others(self, profile: Profile, wanted: Mapping[Key, Service]) -> None:
         """Forget what the profile or the gateway has no more; calls under way go on."""
         gateway = self._gateway()
         self._keepers = {
@@ -153,7 +138,7 @@ class Registry:
         ]
         return found
 
-    def _status(self, key: _Key, settings: Service, both: Collection[str]) -> ServiceStatus:
+    def _status(self, key: Key, settings: Service, both: Collection[str]) -> ServiceStatus:
         profile_id, name = key
         status = ServiceStatus(
             id=name if profile_id is None else f"{profile_id}:{name}",
