@@ -20,6 +20,7 @@ from ownware_gateway.events import (
     PermissionRequest,
     PermissionResponse,
     ToolCallEnd,
+    ToolCallExecute,
 )
 from ownware_gateway.log import Append, Drives, Log, Run, Stream
 from ownware_gateway.permissions import grant
@@ -39,6 +40,10 @@ _STATUSES: Final[Mapping[str, AgentStatus]] = {
 
 #: How a run ended, for the model that had it done.
 _ENDS: Final = {"failed": "failed", "timed_out": "ran out of time", "cancelled": "was stopped"}
+
+
+#: The exact arguments of a call, and the event that it begins.
+Begun = tuple[dict[str, Any], ToolCallExecute]
 
 
 class Agents:
@@ -74,7 +79,8 @@ class Agents:
         share = self._share(step.of)
         for call in step.calls:
             try:
-                events += self._spawned(call, left_ms, share, room)
+                begun = self._calls.begun(call, step.rules.get(call.id))
+                events += self._spawned(call, begun, left_ms, share, room)
                 room -= 1
             except GatewayError as error:
                 reason = self._parts.masker.text(error.message)
@@ -93,9 +99,11 @@ class Agents:
         kept = sum(spawn.max_cost_usd or 0 for spawn in spawns)
         return (limit - self._facts.spent_usd - kept) / count
 
-    def _spawned(self, call: Call, left_ms: int, share: float | None, room: int) -> Sequence[Event]:
+    def _spawned(
+        self, call: Call, begun: Begun, left_ms: int, share: float | None, room: int
+    ) -> Sequence[Event]:
         """Return the events that make a call an agent's run. Raises GatewayError."""
-        arguments, begins = self._calls.begun(call)
+        arguments, begins = begun
         profile = self._profile_of(arguments["agent"])
         if room <= 0:
             message = f"{AGENTS_MAX} agents have been spawned, as many as a run may have."

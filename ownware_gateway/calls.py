@@ -362,18 +362,27 @@ class Calls:
             rule=self._masked(rule),
         )
 
-    def begun(self, call: Call) -> tuple[dict[str, Any], ToolCallExecute]:
-        """Return the exact arguments of a call that may run, and the event that it begins."""
-        arguments = self._arguments(self.tools[call.name], call)
-        return arguments, self._execution(call, arguments)
+    def begun(self, call: Call, rule: str | None) -> tuple[dict[str, Any], ToolCallExecute]:
+        """Return the exact arguments of a call that may run, and the event that it begins.
 
-    async def run(self, calls: Sequence[Call]) -> None:
-        """Run calls together. That they begin is durable before any of them has an effect."""
+        `rule` is what lets it, if one does.
+        """
+        arguments = self._arguments(self.tools[call.name], call)
+        return arguments, self._execution(call, arguments, rule)
+
+    async def run(self, calls: Sequence[Call], rules: Mapping[str, str]) -> None:
+        """Run calls together; `rules` are what lets them, by their ids, where a rule does.
+
+        That they begin is durable before any of them has an effect.
+        """
         turn = self._turn
         # Looked up once: a server's tools may change while this goes on.
         tools = self.tools
         arguments = [self._arguments(tools[call.name], call) for call in calls]
-        begin = [self._execution(call, given) for call, given in zip(calls, arguments, strict=True)]
+        begin = [
+            self._execution(call, given, rules.get(call.id))
+            for call, given in zip(calls, arguments, strict=True)
+        ]
         await self._store(begin).wait()
         free = asyncio.Semaphore(PARALLEL_CALLS_MAX)
         try:
@@ -384,17 +393,16 @@ class Calls:
             # One says it all: the run is not ours any more, and the other calls were cut off.
             raise failures.exceptions[0] from None
 
-    def _execution(self, call: Call, arguments: dict[str, Any]) -> ToolCallExecute:
-        verdict = self.judge(call)
-        # What a person has granted bears the rule that asked in its question.
-        rule = self._masked(verdict.rule) if verdict.decision == "run" else None
+    def _execution(
+        self, call: Call, arguments: dict[str, Any], rule: str | None
+    ) -> ToolCallExecute:
         return ToolCallExecute(
             tool_call_id=call.id,
             tool_name=call.name,
             input=self._parts.masker.value(arguments),
             turn_index=self._turn.index,
             decision="allow" if rule is not None else None,
-            rule=rule,
+            rule=self._masked(rule),
         )
 
     def _masked(self, rule: str | None) -> str | None:

@@ -227,8 +227,8 @@ class Drive:
         match step:
             case Ask():
                 await self._ask(step)
-            case RunTools(calls):
-                await self._calls.run(calls)
+            case RunTools(calls, rules):
+                await self._calls.run(calls, rules)
             case Spawn():
                 await self._agents.spawn(step, self._run.timeout_ms - self._active_ms())
             case Refuse(call, reason, rule):

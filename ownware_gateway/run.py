@@ -60,9 +60,10 @@ class Ask(NamedTuple):
 
 
 class RunTools(NamedTuple):
-    """Run these calls, together."""
+    """Run these calls, together; `rules` are what lets them, by their ids, where a rule does."""
 
     calls: tuple[Call, ...]
+    rules: Mapping[str, str]
 
 
 class Refuse(NamedTuple):
@@ -99,10 +100,14 @@ class Wait(NamedTuple):
 
 
 class Spawn(NamedTuple):
-    """Make these calls runs of other agents; `of` is how many are to be made so, these included."""
+    """Make these calls runs of other agents; `of` is how many are to be made so, these included.
+
+    `rules` as of `RunTools`.
+    """
 
     calls: tuple[Call, ...]
     of: int
+    rules: Mapping[str, str]
 
 
 class Begin(NamedTuple):
@@ -264,6 +269,7 @@ def _next_for_calls(turn: Turn, judge: Callable[[Call], Verdict], agents: Agents
     under_way = len(agents.of(turn.calls.values(), "under_way", "stopping"))
     free: list[Call] = []
     granted: list[Call] = []
+    rules: dict[str, str] = {}
     question: Wait | Question | None = None
     for call in turn.calls.values():
         if call.end is not None or call.agent is not None:
@@ -273,31 +279,40 @@ def _next_for_calls(turn: Turn, judge: Callable[[Call], Verdict], agents: Agents
                 return ends
             case Wait() | Question() as asks:
                 question = question or asks
-            case "granted":
-                granted.append(call)
-            case "free":
-                free.append(call)
+            case _May(is_granted, rule):
+                (granted if is_granted else free).append(call)
+                if rule is not None:
+                    rules[call.id] = rule
     places = AGENTS_AT_ONCE_MAX - under_way
     return (
-        _run(free, agents.tool, places)
+        _run(free, rules, agents.tool, places)
         or question
-        or _run(granted, agents.tool, places)
+        or _run(granted, rules, agents.tool, places)
         or (Rest(under_way) if under_way else None)
     )
 
 
-def _run(calls: list[Call], spawns: str | None, places: int) -> Spawn | RunTools | None:
+def _run(
+    calls: list[Call], rules: Mapping[str, str], spawns: str | None, places: int
+) -> Spawn | RunTools | None:
     """Return how calls that may run do, agents first: they take longest."""
     to_spawn = [call for call in calls if call.name == spawns]
     if to_spawn and places > 0:
-        return Spawn(tuple(to_spawn[:places]), len(to_spawn))
+        return Spawn(tuple(to_spawn[:places]), len(to_spawn), rules)
     others = [call for call in calls if call.name != spawns]
-    return RunTools(tuple(others)) if others else None
+    return RunTools(tuple(others), rules) if others else None
+
+
+class _May(NamedTuple):
+    """A call may run: a person has granted it, or nobody need; `rule` lets it, if one does."""
+
+    is_granted: bool
+    rule: str | None
 
 
 def _next_for_call(
     call: Call, judge: Callable[[Call], Verdict]
-) -> Refuse | Answered | Wait | Question | Literal["granted", "free"]:
+) -> Refuse | Answered | Wait | Question | _May:
     if isinstance(call.response, QuestionResponse):
         return _answered(call, call.response)
     if call.response is not None and not call.executing and not call.response.granted:
@@ -308,9 +323,11 @@ def _next_for_call(
     verdict = judge(call)
     if verdict.decision == "deny":
         return Refuse(call, verdict.reason, verdict.rule)
-    if call.response is not None and not call.executing:
-        return "granted"
-    return "free" if verdict.decision == "run" else Question(call, verdict.reason, verdict.rule)
+    granted = call.response is not None and not call.executing
+    if granted or verdict.decision == "run":
+        # What a person has granted bears the rule that asked in its question.
+        return _May(granted, verdict.rule if verdict.decision == "run" else None)
+    return Question(call, verdict.reason, verdict.rule)
 
 
 def _denial(response: PermissionResponse) -> str:
