@@ -27,6 +27,15 @@ ORPHANS_GRACE_S: Final = 1.0
 _PROC: Final = Path("/proc")
 
 
+def signal_group(leader: int, number: int) -> None:
+    """Send a signal to all of a process group, if there still is one.
+
+    Once its leader is reaped, and nobody of it is left, the number may become another's.
+    """
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(leader, number)
+
+
 def sweep(session: int, mark: bytes) -> int:
     """Kill the processes of a session or with a mark until none is left; return how many.
 
@@ -34,8 +43,7 @@ def sweep(session: int, mark: bytes) -> int:
     group that is named like the session is killed, and 0 is returned. Blocks for some milliseconds.
     """
     if not (_PROC / "self" / "stat").exists():
-        with suppress(ProcessLookupError, PermissionError):
-            os.killpg(session, signal.SIGKILL)
+        signal_group(session, signal.SIGKILL)
         return 0
     seen: set[int] = set()
     looks_in_vain = 0

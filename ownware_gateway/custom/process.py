@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final, NamedTuple, Protocol
 
-from ownware_gateway.processes import Watchdog, sweep
+from ownware_gateway.processes import Watchdog, signal_group, sweep
 from ownware_gateway.tools import ToolFailed
 
 CHILD: Final = Path(__file__).with_name("child.py")
@@ -322,8 +322,7 @@ class _Process:
     def _signal(self, number: signal.Signals) -> None:
         # Once it is reaped its number may belong to another: the reaper sees to the rest.
         if self._process.returncode is None:
-            with suppress(ProcessLookupError, PermissionError):
-                os.killpg(self._process.pid, number)
+            signal_group(self._process.pid, number)
 
     def _reap(self, request: bytes) -> None:
         stdin = self._process.stdin
@@ -336,8 +335,7 @@ class _Process:
             os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOWAIT)
             # All at once, as what forks and ends is gone before it is found; and before its number,
             # which is that of the group, can be another's.
-            with suppress(ProcessLookupError, PermissionError):
-                os.killpg(self._process.pid, signal.SIGKILL)
+            signal_group(self._process.pid, signal.SIGKILL)
         self._process.wait()
         self._drained.wait(PIPE_GRACE_S)
         sweep(self._process.pid, f"{MARK}={self._mark}".encode())

@@ -5,7 +5,6 @@ is gone when it was closed, with all that it started.
 """
 
 import asyncio
-import os
 import signal
 import uuid
 from collections import deque
@@ -15,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, cast
 
-from ownware_gateway.processes import Watchdog, sweep
+from ownware_gateway.processes import Watchdog, signal_group, sweep
 
 #: The longest message that is taken; of a longer one only the size is known.
 MESSAGE_BYTES_MAX: Final = 8 * 1_048_576
@@ -165,8 +164,7 @@ class Child(asyncio.SubprocessProtocol):
     def _signal(self, number: signal.Signals) -> None:
         # Once it is reaped its number may belong to another: the sweep sees to the rest.
         if not self._exited.is_set():
-            with suppress(ProcessLookupError, PermissionError):
-                os.killpg(self.pid, number)
+            signal_group(self.pid, number)
 
     def _pipe(self, number: int) -> asyncio.ReadTransport:
         assert self._transport is not None

@@ -19,7 +19,7 @@ from contextlib import suppress
 from typing import Any, Final
 
 from ownware_gateway.masking import without_begun, without_ended
-from ownware_gateway.processes import sweep
+from ownware_gateway.processes import signal_group, sweep
 from ownware_gateway.tools import (
     KEPT_BYTES_MAX,
     OUTPUT_LIMIT_BYTES,
@@ -215,8 +215,7 @@ class _Command:
     def _signal(self, number: signal.Signals) -> None:
         # Once the shell is reaped its number may belong to another: the reaper sees to the rest.
         if self._process.returncode is None:
-            with suppress(ProcessLookupError, PermissionError):
-                os.killpg(self._process.pid, number)
+            signal_group(self._process.pid, number)
 
     def _reap(self) -> None:
         self._process.wait()
