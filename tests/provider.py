@@ -10,11 +10,12 @@ import json
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final
 
 from aiohttp import web
 from multidict import CIMultiDictProxy
+
+from tests.loopback import Loopback
 
 #: How long a test may wait for something to arrive here.
 PATIENCE_S: Final = 10.0
@@ -89,7 +90,7 @@ class Asked:
     body: dict[str, Any]
 
 
-class Provider:
+class Provider(Loopback):
     """The server: `async with Provider() as provider:`, then script it with `reply`.
 
     A request that finds no reply is answered with `default`, or with the last thing that the user
@@ -97,7 +98,6 @@ class Provider:
     """
 
     def __init__(self) -> None:
-        self.url = ""
         self.requests: list[Asked] = []
         self.models = ["test-model"]
         self.default: Reply | None = None
@@ -118,22 +118,7 @@ class Provider:
                 web.get("/api/tags", self._tags),
             ]
         )
-        # Cancelling the handler is how a server here learns that its client has gone.
-        self._runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
-
-    async def __aenter__(self) -> Self:
-        await self._runner.setup()
-        await web.TCPSite(self._runner, "127.0.0.1", 0).start()
-        self.url = f"http://127.0.0.1:{self._runner.addresses[0][1]}"
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        await self._runner.cleanup()
+        super().__init__(app)
 
     @property
     def base_url(self) -> str:

@@ -18,6 +18,7 @@ from ownware_gateway.app import Gateway
 from ownware_gateway.client import Client, ClientError
 from ownware_gateway.errors import GatewayError
 from tests.gateway import PATIENCE_S, Gateways, Proxy, text
+from tests.loopback import Loopback
 from tests.provider import Call, Provider, Reply
 
 DEMO = "demo:assistant"
@@ -283,11 +284,8 @@ async def stranger() -> AsyncIterator[tuple[str, list[web.Response]]]:
 
     app = web.Application()
     app.router.add_route("*", "/{any:.*}", answer)
-    runner = web.AppRunner(app)
-    await runner.setup()
-    await web.TCPSite(runner, "127.0.0.1", 0).start()
-    yield f"http://127.0.0.1:{runner.addresses[0][1]}", answers
-    await runner.cleanup()
+    async with Loopback(app) as server:
+        yield server.url, answers
 
 
 def stream(*numbers: int, done: bool = False, epoch: str = "e") -> web.Response:

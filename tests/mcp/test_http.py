@@ -3,20 +3,21 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator
-from typing import Any, Self
+from typing import Any
 
 import aiohttp
 import pytest
 from aiohttp import web
 
 from tests.gateway import Gateways, get_json
+from tests.loopback import Loopback
 from tests.mcp.test_runs import AUTO, MakeProfile, calls
 from tests.provider import Call, Provider
 
 Http = aiohttp.ClientSession
 
 
-class Remote:
+class Remote(Loopback):
     """A server on loopback that speaks the streamable HTTP transport at `/mcp`, and SSE at `/sse`.
 
     `sessions` are those that it knows; to empty the set is to be started anew. `wants` is the only
@@ -24,7 +25,6 @@ class Remote:
     """
 
     def __init__(self) -> None:
-        self.url = ""
         self.sessions: set[str] = set()
         self.wants: str | None = None
         self.begun = 0
@@ -41,18 +41,12 @@ class Remote:
                 web.post("/messages", self._message),
             ]
         )
-        self._runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
-
-    async def __aenter__(self) -> Self:
-        await self._runner.setup()
-        await web.TCPSite(self._runner, "127.0.0.1", 0).start()
-        self.url = f"http://127.0.0.1:{self._runner.addresses[0][1]}"
-        return self
+        super().__init__(app)
 
     async def __aexit__(self, *error: object) -> None:
         for stream in self._streams:
             stream.put_nowait(None)
-        await self._runner.cleanup()
+        await super().__aexit__(*error)
 
     @property
     def streams(self) -> int:

@@ -18,6 +18,7 @@ import pytest
 from aiohttp import web
 
 from tests.gateway import Gateways, get_json
+from tests.loopback import Loopback
 from tests.mcp.test_runs import AUTO, MakeProfile, calls
 from tests.provider import Call, Provider
 
@@ -46,11 +47,8 @@ async def page() -> AsyncIterator[str]:
 
     app = web.Application()
     app.add_routes([web.get("/page.html", serve)])
-    runner = web.AppRunner(app, shutdown_timeout=0.1)
-    await runner.setup()
-    await web.TCPSite(runner, "127.0.0.1", 0).start()
-    yield f"http://127.0.0.1:{runner.addresses[0][1]}/page.html"
-    await runner.cleanup()
+    async with Loopback(app) as server:
+        yield f"{server.url}/page.html"
 
 
 async def test_servers_from_pypi(

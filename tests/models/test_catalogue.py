@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from ownware_gateway.models.catalogue import (
 from ownware_gateway.models.openai import OpenAI
 from ownware_gateway.models.responses import Responses
 from ownware_gateway.settings import Settings
+from tests.loopback import Loopback
 from tests.provider import Provider, Reply
 
 KEY = "sk-" + "k" * 24
@@ -172,7 +174,7 @@ async def test_a_local_server_is_asked_with_its_key() -> None:
         keys.append(request.headers.get("Authorization"))
         return web.json_response({"data": [{"id": "mine"}]})
 
-    async with Served(serve) as url:
+    async with served(serve) as url:
         fields = settings(local_base_url=url, local_api_key=KEY)
         models = of("local", await KnownModels(fields).list())
     assert [model.id for model in models] == ["local:mine"]
@@ -184,7 +186,7 @@ async def test_a_server_that_is_silent_is_not_waited_for_long() -> None:
         await asyncio.Event().wait()
         raise AssertionError
 
-    async with Served(hang) as url:
+    async with served(hang) as url:
         async with asyncio.timeout(5):
             found = await KnownModels(settings(ollama_host=url, local_base_url=url)).list()
     assert of("ollama", found) == []
@@ -199,7 +201,7 @@ async def test_a_server_that_talks_nonsense_has_no_models(body: bytes) -> None:
     async def serve(request: web.Request) -> web.Response:
         return web.Response(body=body)
 
-    async with Served(serve) as url:
+    async with served(serve) as url:
         assert of("local", await KnownModels(settings(local_base_url=url)).list()) == []
 
 
@@ -222,7 +224,7 @@ async def test_askers_at_the_same_time_share_one_probe() -> None:
         asked += 1
         return web.json_response({"models": [{"name": "a"}]})
 
-    async with Served(serve) as url:
+    async with served(serve) as url:
         models = KnownModels(settings(ollama_host=url))
         await asyncio.gather(*(models.list() for _ in range(5)))
     assert asked == 1
@@ -389,7 +391,7 @@ async def test_a_model_that_ollama_has_in_its_cloud_never_stands_in() -> None:
         cloud = {"name": "big:cloud", "remote_host": "https://ollama.com"}
         return web.json_response({"models": [cloud, {"name": "small"}]})
 
-    async with Served(serve) as url:
+    async with served(serve) as url:
         models = KnownModels(settings(ollama_host=url))
         assert (await models.stand_in("openai:gpt-5.5")).id == "ollama:small"
         assert [model.id for model in await models.list()][:1] == ["ollama:big:cloud"]
@@ -521,18 +523,10 @@ asyncio.run(main())
 """)
 
 
-class Served:
-    """A server on loopback that answers every path with one handler; its address is entered."""
-
-    def __init__(self, handler: Any) -> None:
-        app = web.Application()
-        app.router.add_route("*", "/{path:.*}", handler)
-        self._runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
-
-    async def __aenter__(self) -> str:
-        await self._runner.setup()
-        await web.TCPSite(self._runner, "127.0.0.1", 0).start()
-        return f"http://127.0.0.1:{self._runner.addresses[0][1]}"
-
-    async def __aexit__(self, *error: object) -> None:
-        await self._runner.cleanup()
+@asynccontextmanager
+async def served(handler: Any) -> AsyncIterator[str]:
+    """Answer every path on loopback with one handler; what is entered is its address."""
+    app = web.Application()
+    app.router.add_route("*", "/{path:.*}", handler)
+    async with Loopback(app) as server:
+        yield server.url

@@ -8,13 +8,13 @@ import asyncio
 import json
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final
 
 from aiohttp import web
 from multidict import CIMultiDictProxy
 from pydantic import BaseModel, Field
 
+from tests.loopback import Loopback
 from tests.pictures import png
 
 #: What the log-in takes, and what a value of its begins with; built so that neither is a literal.
@@ -64,7 +64,7 @@ def json_body(model: type[BaseModel]) -> dict[str, Any]:
     return {"required": True, "content": {"application/json": {"schema": ref}}}
 
 
-class Shop:
+class Shop(Loopback):
     """The service: `async with Shop() as shop:`. `needs` is what calls must bear to be let in."""
 
     def __init__(self) -> None:
@@ -148,21 +148,7 @@ class Shop:
         app = web.Application(middlewares=[self._keep])
         app.add_routes([web.route(item.method, item.path, item.handler) for item in self.routes])
         app.add_routes([web.get("/openapi.json", self.spec), web.post("/login", self.login)])
-        self._runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
-
-    async def __aenter__(self) -> Self:
-        await self._runner.setup()
-        await web.TCPSite(self._runner, "127.0.0.1", 0).start()
-        self.url = f"http://127.0.0.1:{self._runner.addresses[0][1]}"
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        await self._runner.cleanup()
+        super().__init__(app)
 
     def settings(self, **fields: Any) -> dict[str, Any]:
         """The settings of a service that is this shop."""

@@ -30,6 +30,7 @@ from tests.doors.openai import (
     user,
 )
 from tests.gateway import PATIENCE_S, Gateways, frames, get_json, read_frames
+from tests.loopback import Loopback
 from tests.provider import Call, Provider, Reply
 
 Http = aiohttp.ClientSession
@@ -293,11 +294,8 @@ async def pictures() -> AsyncIterator[str]:
 
     app = web.Application()
     app.add_routes([web.get("/cat.png", image), web.get("/page", page)])
-    runner = web.AppRunner(app, shutdown_timeout=0.1)
-    await runner.setup()
-    await web.TCPSite(runner, "127.0.0.1", 0).start()
-    yield f"127.0.0.1:{runner.addresses[0][1]}"
-    await runner.cleanup()
+    async with Loopback(app) as server:
+        yield server.url.removeprefix("http://")
 
 
 async def test_an_image_at_an_address_is_fetched_and_shown(
