@@ -8,12 +8,19 @@ import asyncio
 import contextlib
 import itertools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final, NamedTuple
 
 from ownware_gateway.errors import GatewayError
-from ownware_gateway.events import Answers, DecidedBy, PermissionResponse, QuestionResponse
-from ownware_gateway.log import Append, Decides, Log, Permission, Refused, Stream
+from ownware_gateway.events import (
+    Answers,
+    ClientResult,
+    DecidedBy,
+    PermissionResponse,
+    QuestionResponse,
+    ToolResult,
+)
+from ownware_gateway.log import Append, Decides, Log, Permission, Private, Refused, Stream
 from ownware_gateway.masking import Masker
 
 #: The timer is set for no longer than this, and set again: it does not count the time that the
@@ -33,7 +40,8 @@ class Decision(NamedTuple):
     """A person's answer; `operation_hash` binds it to what was shown.
 
     `answer` is for a question that wants words; where the person declines it, as for a permission
-    that is denied, `granted` is False and there are none.
+    that is denied, `granted` is False and there are none. `results` are for calls that wait for a
+    client, one for each of them, with the `options` that hold for the run from then on, if others.
     """
 
     granted: bool
@@ -41,6 +49,8 @@ class Decision(NamedTuple):
     reason: str = ""
     operation_hash: str | None = None
     answer: str | None = None
+    results: Sequence[ToolResult] | None = None
+    options: bytes | None = None
 
 
 class Approvals:
@@ -103,10 +113,12 @@ class Approvals:
         self, asked: Permission, decision: Decision, by: DecidedBy, reason: str
     ) -> None:
         response = self._response(asked, decision, by, reason)
+        options = decision.options
+        private = [] if options is None else [Private("options", options)]
         guard = Decides(asked.request_id, late=by == "timeout")
         stream = Stream(asked.thread_id, asked.agent_id)
         try:
-            await self._log.append(Append(stream, guard, [response])).wait()
+            await self._log.append(Append(stream, guard, [response], private)).wait()
         except Refused as refused:
             if not isinstance(refused.winner, Permission):
                 raise _unknown(asked.request_id) from None  # Its thread was deleted just now.
@@ -130,6 +142,18 @@ class Approvals:
                 request_id=asked.request_id,
                 # Seen by everybody, and by the model, like what a tool brings.
                 answer=None if answer is None else self._masker.text(answer),
+                decided_by=by,
+                reason=reason,
+                turn_index=asked.turn_index,
+            )
+        if asked.kind == "client":
+            given = decision.results
+            mask = self._masker.text
+            return ClientResult(
+                request_id=asked.request_id,
+                results=None
+                if given is None
+                else [r.model_copy(update={"result": mask(r.result)}) for r in given],
                 decided_by=by,
                 reason=reason,
                 turn_index=asked.turn_index,
@@ -235,7 +259,7 @@ class Approvals:
             ends = run is not None and run.cancel_requested_at is not None
             by = "cancel" if ends else "timeout"
         how = "allowed" if granted else "denied"
-        if winner.kind == "question":
+        if winner.kind != "permission":
             how = "answered" if granted else "closed without an answer"
         return GatewayError(
             "permission_already_decided",
@@ -253,6 +277,12 @@ def _check_kind(asked: Permission, decision: Decision) -> None:
             "invalid_request",
             "The question is whether a tool may run; answer approve, deny or always.",
         )
+    if asked.kind == "client" and decision.granted and decision.results is None:
+        raise GatewayError(
+            "invalid_request",
+            "The calls wait for the client whose tools they are, which sends their results through "
+            "its own door; deny ends them and the run.",
+        )
     if asked.kind == "question" and decision.granted and decision.answer is None:
         raise GatewayError(
             "invalid_request",
@@ -262,6 +292,8 @@ def _check_kind(asked: Permission, decision: Decision) -> None:
 
 
 def _said(asked: Permission, decision: Decision) -> str:
+    if asked.kind == "client":
+        return "the client answered" if decision.granted else "the calls were declined"
     if asked.kind == "question":
         return "the person answered" if decision.granted else "the person declined to answer"
     return f"the answer was {'yes' if decision.granted else 'no'}"

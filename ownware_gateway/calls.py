@@ -180,7 +180,7 @@ class Calls:
         self._run = assignment.run
         self._profile = assignment.profile
         self._profile_now = assignment.profile_now
-        self._bare = assignment.options.bare
+        self._options = assignment.options
         self._above = assignment.above
         #: What people have allowed for the rest of the thread when any of its agents asked.
         self.granted_elsewhere: frozenset[str] = frozenset()
@@ -192,7 +192,7 @@ class Calls:
 
     async def connect(self) -> None:
         """Have ready what the agent's tools need; what cannot be is `missing`."""
-        if self._bare:
+        if self._options.bare:
             return
         for source in self._parts.sources:
             await source.connect(self._profile_now)
@@ -202,9 +202,10 @@ class Calls:
         """The tools that the agent has now: those of servers come and go.
 
         What a source is, the files say; that it may be used, both versions of the profile must.
-        A tool that is built in has its name whoever else wants it.
+        A tool that is built in has its name whoever else wants it, and a client's tool only where
+        nobody else does.
         """
-        if self._bare:
+        if self._options.bare:
             return {}
         offered: dict[str, Tool] = {}
         for source in self._parts.sources:
@@ -212,12 +213,19 @@ class Calls:
         offered |= self._parts.tools
         if len(self._above) >= DEPTH_MAX:
             offered.pop(SPAWN, None)
-        return allowed_tools(self._profile, allowed_tools(self._profile_now, offered))
+        own = allowed_tools(self._profile, allowed_tools(self._profile_now, offered))
+        return self._of_client | own if self._options.client_tools else own
+
+    @cached_property
+    def _of_client(self) -> dict[str, Tool]:
+        from ownware_gateway.client_tools import tools_of
+
+        return tools_of(self._options)
 
     @property
     def missing(self) -> Mapping[str, str]:
         """What cannot be used now, by what its tools' names begin with, with a sentence each."""
-        if self._bare:
+        if self._options.bare:
             return {}
         found: dict[str, str] = {}
         for source in self._parts.sources:
@@ -248,6 +256,8 @@ class Calls:
             return INTERRUPTED
         if tool is None:
             return Verdict("deny", self._absent(call.name, tools))
+        if tool.by_client:
+            return Verdict("client", "the client runs it")
         try:
             arguments = self._arguments(tool, call)
         except ToolFailed as error:
@@ -318,25 +328,41 @@ class Calls:
 
         Returns False when another agent of the thread is asking: nothing is appended then.
         """
-        request = self._request(call, reason, rule)
+        return await self._wait_for([call], self._request(call, reason, rule))
+
+    async def hand_over(self, calls: Sequence[Call]) -> bool:
+        """Append that calls wait for the client, whose tools they are; returns what `ask` does."""
+        from ownware_gateway.client_tools import handed_over
+
+        request_id = self._parts.new_id("client")
+        secret = self._parts.log.secret
+        event, exact = handed_over(secret, self._turn, calls, request_id, self._expires_at())
+        return await self._wait_for(calls, event, [exact])
+
+    async def _wait_for(
+        self, calls: Sequence[Call], asked: Asks, private: Sequence[Private] = ()
+    ) -> bool:
         try:
-            await self._store([request], asks=True).wait()
+            await self._store([asked], private, asks=True).wait()
         except Refused as refused:
             if not isinstance(refused.winner, Permission):
                 raise
-            call.request = None
+            for call in calls:
+                call.request = None
             return False
         return True
+
+    def _expires_at(self) -> int:
+        expires_at = self._parts.clock_ms() + self._profile.security.hitl_timeout_ms
+        # Nobody drives a run that waits; at the end of its time it goes on, and ends.
+        return expires_at if self._ends_at is None else min(expires_at, self._ends_at)
 
     def _request(self, call: Call, reason: str, rule: str | None) -> Asks:
         tool = self.tools[call.name]
         arguments = self._arguments(tool, call)
         shown = self._parts.masker.value(arguments)
         hashed = self._operation(tool, arguments).hash
-        expires_at = self._parts.clock_ms() + self._profile.security.hitl_timeout_ms
-        if self._ends_at is not None:
-            # Nobody drives a run that waits; at the end of its time it goes on, and ends.
-            expires_at = min(expires_at, self._ends_at)
+        expires_at = self._expires_at()
         if tool.asks:
             options = shown.get("options") or None
             return QuestionRequest(

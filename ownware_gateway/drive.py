@@ -5,7 +5,6 @@ run that goes on after a restart is driven by the same code as one that has just
 """
 
 import asyncio
-import json
 from collections.abc import Coroutine, Sequence
 from contextlib import aclosing, suppress
 from functools import cached_property
@@ -52,6 +51,7 @@ from ownware_gateway.run import (
     Done,
     EndTurn,
     Finish,
+    HandOver,
     Limits,
     Question,
     Recall,
@@ -163,7 +163,7 @@ class Drive:
                 return True
             case Finish():
                 await finish(self._parts, self._run, self._facts, step, self._active_ms())
-            case Question():
+            case Question() | HandOver():
                 # Not to be cut off: whether it is asked must be known to whoever ends the run.
                 return await self._question(step)
             case Begin() | Deliver() | Recall() | Rest():
@@ -277,14 +277,18 @@ class Drive:
         self._charged_ms += grown_ms
         self._timed_out |= self._active_ms() >= self._run.timeout_ms
 
-    async def _question(self, step: Question) -> bool:
-        """Ask a person, when it is this agent's turn; return whether the run rests for that."""
+    async def _question(self, step: Question | HandOver) -> bool:
+        """Ask a person, or the client, when it is this agent's turn; return whether it rests."""
         alone = self._run.parent_run_id is None and not self._facts.has_agents
         if not alone and await self._agents.hear():
             return False  # Perhaps there is nothing left to ask.
         if self._facts.cancel is not None:
             return False
-        if await self._calls.ask(step.call, step.reason, step.rule):
+        if isinstance(step, HandOver):
+            asked = await self._calls.hand_over(step.calls)
+        else:
+            asked = await self._calls.ask(step.call, step.reason, step.rule)
+        if asked:
             return False
         agents = await self._agent_states()
         under_way = agents.of(self._facts.open_agents, "under_way", "stopping")
@@ -412,16 +416,7 @@ class Drive:
         now = self._parts.clock_ms()
         events: list[Event] = []
         if self._facts.session is None:
-            events.append(
-                SessionStart(
-                    run_id=self._run.id,
-                    session_id=self._run.id,
-                    profile_id=self._run.profile_id,
-                    model=self._dispatch.id,
-                    fallback=fallback_of(self._profile, self._dispatch),
-                    timestamp=now,
-                )
-            )
+            events.append(session_start(self._run.id, self._profile, self._dispatch, now))
         if step.supersedes is not None or (self._restarted and not step.new_turn):
             recovery = Recovery(
                 reason="restart",
@@ -496,7 +491,7 @@ class Drive:
             messages=conversation(self._history),
             system=self._instructions(),
             tools=[
-                ToolSpec(tool.name, tool.description, tool.input_schema)
+                ToolSpec(tool.name, tool.description, tool.input_schema, tool.strict)
                 for tool in self._calls.tools.values()
             ],
             temperature=profile.temperature,
@@ -528,22 +523,11 @@ class Drive:
                 events.append(
                     ToolCallStart(tool_call_id=call.id, tool_name=call.name, turn_index=index)
                 )
-            shown = self._shown_arguments(call.arguments)
+            shown = self._parts.masker.arguments(call.arguments)
             events.append(ToolCallArgsDelta(tool_call_id=call.id, delta=shown, turn_index=index))
         events.append(TextComplete(text=answer.turn.text, turn_index=index))
         spent = Spent(usage.cost_usd or 0.0, 1)
         await self._store(events, [Private("message", turn.answer.dump())], spent).wait()
-
-    def _shown_arguments(self, arguments: str) -> str:
-        """Return a call's arguments as people may see them.
-
-        Sent whole and not in pieces, since a secret cannot be recognised in pieces.
-        """
-        try:
-            value = self._parts.masker.value(json.loads(arguments or "{}"))
-        except (ValueError, RecursionError):
-            return self._parts.masker.text(arguments)
-        return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
     async def _after_failure(self, turn: Turn, error: ModelError) -> None:
         message = self._parts.masker.text(error.message)
@@ -572,6 +556,18 @@ class Drive:
         )
         await self._store(self._again(recovery, self._parts.clock_ms())).wait()
         await asyncio.sleep(then.delay_s)
+
+
+def session_start(run_id: str, profile: Profile, dispatch: Dispatch, now_ms: int) -> SessionStart:
+    """Return the event that a run begins."""
+    return SessionStart(
+        run_id=run_id,
+        session_id=run_id,
+        profile_id=profile.name,
+        model=dispatch.id,
+        fallback=fallback_of(profile, dispatch),
+        timestamp=now_ms,
+    )
 
 
 def fallback_of(profile: Profile, dispatch: Dispatch) -> Fallback | None:

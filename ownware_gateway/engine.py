@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final, Literal, NamedTuple
 
-from ownware_gateway.approvals import Approvals
+from ownware_gateway.approvals import Approvals, Decision
 from ownware_gateway.budgets import Budgets
 from ownware_gateway.calls import Above, Assignment, Parts
-from ownware_gateway.drive import Drive, fallback_of, finish
+from ownware_gateway.drive import Drive, fallback_of, finish, session_start
 from ownware_gateway.errors import GatewayError
 from ownware_gateway.events import (
     AgentSpawn,
@@ -22,9 +22,10 @@ from ownware_gateway.events import (
     Event,
     Fallback,
     RunCancel,
+    ToolResult,
     UserMessage,
 )
-from ownware_gateway.history import Teller, told
+from ownware_gateway.history import Teller, begun, told
 from ownware_gateway.log import (
     Append,
     Cancels,
@@ -34,6 +35,7 @@ from ownware_gateway.log import (
     Log,
     NewRun,
     Opening,
+    Permission,
     Private,
     Refused,
     Run,
@@ -91,6 +93,8 @@ class StartRun:
     `skills` of the profile are in the system prompt from the start, by their names.
     `options` go over what the profile says. With a `history`, which a client brings along, the
     thread must not exist yet; so it must not when it `begins` under a name that the caller chose.
+    `answered` are turns of the model's, with the results of all their calls, that the run goes on
+    from; the thread must not exist then either.
     """
 
     profile_id: str
@@ -102,13 +106,14 @@ class StartRun:
     skills: Sequence[str] = ()
     options: Options = AS_THE_PROFILE_SAYS
     history: Sequence[Message] = ()
+    answered: Sequence[Message] = ()
     begins: bool = False
     hidden: bool = False
 
     @property
     def opens(self) -> bool:
         """Whether the thread is made by this start and no other."""
-        return self.begins or self.hidden or bool(self.history)
+        return self.begins or self.hidden or bool(self.history or self.answered)
 
 
 class Begun(Exception):
@@ -196,7 +201,7 @@ class Engine:
     async def _start(self, wanted: StartRun) -> Started:
         profile = self._profiles.get(wanted.profile_id, wanted.skills)
         dispatch = await self._dispatch(profile, wanted)
-        _check_options(dispatch, wanted)
+        self._check_options(profile, dispatch, wanted)
         await self.budgets.admit(profile)
         run_id = self._parts.new_id("run")
         stream = Stream(wanted.thread_id or self._parts.new_id("thread"))
@@ -217,22 +222,11 @@ class Engine:
             timeout_ms=profile.execution.timeout,
             title=" ".join(wanted.prompt.split())[:TITLE_CHARS_MAX],
         )
-        teller = Teller(profile.name, dispatch.id, message.timestamp, self._parts.new_id)
-        history, private = told(wanted.history, teller)
-        private += [
-            Private("profile", profile.dump().encode()),
-            *(
-                [Private("options", wanted.options.dump())]
-                if wanted.options != AS_THE_PROFILE_SAYS
-                else []
-            ),
-            *(Private("attachment", item.data, index) for index, item in enumerate(wanted.files)),
-        ]
         fallback = fallback_of(profile, dispatch)
-        opening = Opening(len(history), wanted.hidden) if wanted.opens else None
+        events, private = self._told(wanted, profile, dispatch, message)
+        opening = Opening(events.index(message), wanted.hidden) if wanted.opens else None
         goes_on = wanted.thread_id is not None and opening is None
         guard = Starts(row, wanted.key, fallback, goes_on, opening)
-        events: list[Event] = [*history, message]
         try:
             run = await self._parts.log.begin(Append(stream, guard, events, private))
         except Refused as refused:
@@ -253,8 +247,53 @@ class Engine:
                 case _:
                     raise _no_thread(stream.thread_id) from None
         facts = RunFacts(message, run.start_seq + 1, files=wanted.files)
-        self._go(run_id, _Fresh(run, profile, dispatch, facts, wanted.options))
+        fresh = _Fresh(run, profile, dispatch, facts, wanted.options)
+        self._go(run_id, None if wanted.answered else fresh)
         return Started(run, fallback)
+
+    def _told(
+        self, wanted: StartRun, profile: Profile, dispatch: Dispatch, message: UserMessage
+    ) -> tuple[list[Event], list[Private]]:
+        """Return the events that a run starts with, and what is kept beside them."""
+        now, parts = message.timestamp, self._parts
+        teller = Teller(profile.name, dispatch.id, now, parts.new_id, parts.masker)
+        events, private = told(wanted.history, teller)
+        first = len(events)
+        private.append(Private("profile", profile.dump().encode(), 0, first))
+        if wanted.options != AS_THE_PROFILE_SAYS:
+            private.append(Private("options", wanted.options.dump(), 0, first))
+        private += [
+            Private("attachment", item.data, index, first)
+            for index, item in enumerate(wanted.files)
+        ]
+        events.append(message)
+        if wanted.answered:
+            events.append(session_start(message.run_id, profile, dispatch, now))
+            turns, exact = begun(wanted.answered, teller, len(events))
+            events, private = events + turns, private + exact
+        return events, private
+
+    async def hand_in(
+        self, asked: Permission, results: Sequence[ToolResult], options: Options
+    ) -> None:
+        """Give calls that wait for a client their results, and the run its options from then on.
+
+        Raises GatewayError: what `Approvals.decide` raises, `invalid_request` for options.
+        """
+        run = await self._run(asked.run_id)
+        profile = self._profiles.get(run.profile_id)
+        wanted = StartRun(profile.name, "", options=options)
+        self._check_options(profile, self._parts.catalogue.resolve(run.model), wanted)
+        decision = Decision(granted=True, results=results, options=options.dump())
+        await self.approvals.decide(asked.thread_id, asked.request_id, decision)
+
+    def _check_options(self, profile: Profile, dispatch: Dispatch, wanted: StartRun) -> None:
+        """Raise GatewayError for what was asked for and cannot be."""
+        if wanted.options.client_tools:
+            from ownware_gateway.client_tools import check_names
+
+            check_names(wanted.options, profile, self._parts.tools, self._parts.sources)
+        _check_options(dispatch, wanted)
 
     async def _check_room(self) -> None:
         if self._stopping:
@@ -671,18 +710,26 @@ class Engine:
                 await self._parts.log.rest()
 
 
-async def options_of(log: Log, run: Run) -> Options:
-    """Return what was asked for when a run was started."""
-    none = AS_THE_PROFILE_SAYS
-    for seq, _, body in await log.private(run.stream, "options", after=run.start_seq):
-        # What follows belongs to later runs.
-        return Options.restore(body) if seq == run.start_seq + 1 else none
-    return none
+async def options_of(log: Log, run: Run, *, to: int | None = None) -> Options:
+    """Return what is asked of a run: when it was started, or with the last results, up to a seq."""
+    asked = await all_options(log, run)
+    known = [options for seq, options in asked if to is None or seq <= to]
+    return known[-1] if known else AS_THE_PROFILE_SAYS
+
+
+async def all_options(log: Log, run: Run) -> list[tuple[int, Options]]:
+    """Return all that was asked of a run, each with the number of the event that came with it."""
+    # What is behind its end belongs to later runs.
+    return [
+        (seq, Options.restore(body))
+        for seq, _, body in await log.private(run.stream, "options", after=run.start_seq)
+        if run.end_seq is None or seq <= run.end_seq
+    ]
 
 
 def _check_options(dispatch: Dispatch, wanted: StartRun) -> None:
     """Raise GatewayError for what was asked for and the model will not do."""
-    said = [*wanted.history, UserTurn(wanted.prompt, wanted.files)]
+    said = [*wanted.history, UserTurn(wanted.prompt, wanted.files), *wanted.answered]
     request = wanted.options.apply(Request(dispatch.name, said))
     if wanted.options == AS_THE_PROFILE_SAYS and not wanted.history:
         return  # The native door's files are shown as far as they can be.

@@ -406,6 +406,51 @@ class QuestionResponse(Event):
         return self.answer is not None
 
 
+class CalledTool(Wire):
+    """A call that the client is to make; its arguments stand in `tool.call.args_delta`."""
+
+    tool_call_id: str
+    tool_name: str
+
+
+class ClientCall(Event):
+    """The run waits for what the client's own tools give back: all such calls of the turn at once.
+
+    `usage` is what the model call has used that wants them: the turn's end comes with the results.
+    """
+
+    type: Literal["client.call"] = "client.call"
+    request_id: str
+    calls: list[CalledTool]
+    operation_hash: str
+    expires_at: int
+    usage: Usage
+    turn_index: int
+
+
+class ToolResult(Wire):
+    """What a tool of the client's gave back, secrets masked."""
+
+    tool_call_id: str
+    result: str
+
+
+class ClientResult(Event):
+    """The results of the client's tools, one for each call; None where there are none, and why."""
+
+    type: Literal["client.result"] = "client.result"
+    request_id: str
+    results: list[ToolResult] | None
+    decided_by: DecidedBy
+    reason: str
+    turn_index: int
+
+    @property
+    def granted(self) -> bool:
+        """Whether there are results."""
+        return self.results is not None
+
+
 class TurnEnd(Event):
     """One turn is over: the model call and the tools it asked for."""
 
@@ -559,6 +604,8 @@ AnyEvent = (
     | PermissionResponse
     | QuestionRequest
     | QuestionResponse
+    | ClientCall
+    | ClientResult
     | AgentSpawn
     | AgentComplete
     | TurnEnd
@@ -578,14 +625,17 @@ EVENTS: Final[Mapping[str, type[Event]]] = {
     event.model_fields["type"].default: event for event in get_args(AnyEvent)
 }
 
-#: What a run waits for a person with, whether a call may run or what the call itself asks, and what
-#: comes back. The one place that says which these are. All of them also stand in the stream over
-#: all threads and in those of the agents above; at most one question is open in a thread.
-Asks = PermissionRequest | QuestionRequest
-Answers = PermissionResponse | QuestionResponse
+#: What a run waits with for somebody outside, and what comes back: a person, who is asked whether a
+#: call may run or what the call itself asks, or a client whose tools are called. The one place that
+#: says which these are; at most one of them is open in a thread.
+Asks = PermissionRequest | QuestionRequest | ClientCall
+Answers = PermissionResponse | QuestionResponse | ClientResult
 ASKING: Final = frozenset(event.model_fields["type"].default for event in get_args(Asks))
 ANSWERING: Final = frozenset(event.model_fields["type"].default for event in get_args(Answers))
-ASKED: Final = ASKING | ANSWERING
+
+#: What a person is asked, and the answers: they also stand in the stream over all threads and in
+#: those of the agents above.
+ASKED: Final = (ASKING | ANSWERING) - {"client.call", "client.result"}
 
 #: Events that only show progress: what they say stands whole in a later event, so folds skip them.
 DELTAS: Final = frozenset({"text.delta", "thinking.delta", "tool.call.progress"})

@@ -22,23 +22,29 @@ from ownware_gateway.events import (
     UserMessage,
 )
 from ownware_gateway.log import Private
+from ownware_gateway.masking import Masker
 from ownware_gateway.models import AssistantTurn, Message, ToolTurn, UserTurn
+from ownware_gateway.transcript import Answer
 
 #: Every run begins with a person's message, and so does every request to some providers.
 NOBODY_SPOKE: Final = "(The conversation begins with the assistant.)"
 
 
 class Teller(NamedTuple):
-    """Who is said to have led the conversation, and when."""
+    """Who is said to have led the conversation, and when; `masker` hides the secrets in it."""
 
     profile_id: str
     model: str
     now_ms: int
     new_id: Callable[[str], str]
+    masker: Masker
 
 
 def told(messages: Sequence[Message], teller: Teller) -> tuple[list[Event], list[Private]]:
-    """Return the events that tell of these messages, and their files by the events' places."""
+    """Return the events that tell of these messages, and what is kept beside them.
+
+    That is their files, and calls to the letter, by the events' places.
+    """
     events: list[Event] = []
     private: list[Private] = []
     for asked, answers in _runs(messages):
@@ -46,8 +52,20 @@ def told(messages: Sequence[Message], teller: Teller) -> tuple[list[Event], list
             Private("attachment", file.data, index, len(events))
             for index, file in enumerate(asked.files)
         ]
-        events += _run(asked, answers, teller)
+        events += _run(asked, answers, teller, len(events), private)
     return events, private
+
+
+def begun(
+    messages: Sequence[Message], teller: Teller, at: int
+) -> tuple[list[Event], list[Private]]:
+    """Return the turns of a run that goes on from these answers of the model and their results.
+
+    The first of them is at a place of its append, behind the run's own beginning. What comes next
+    in the run is that the model is asked again.
+    """
+    private: list[Private] = []
+    return _turns(messages, teller, at, private), private
 
 
 def _runs(messages: Sequence[Message]) -> Iterator[tuple[UserTurn, list[Message]]]:
@@ -73,7 +91,9 @@ def joined(first: UserTurn, second: UserTurn) -> UserTurn:
     return UserTurn(text, [*first.files, *second.files])
 
 
-def _run(asked: UserTurn, answers: Sequence[Message], teller: Teller) -> list[Event]:
+def _run(
+    asked: UserTurn, answers: Sequence[Message], teller: Teller, at: int, private: list[Private]
+) -> list[Event]:
     run_id, now = teller.new_id("run"), teller.now_ms
     attachments = [
         Attachment(filename=item.filename, mime_type=item.mime_type, size_bytes=len(item.data))
@@ -89,10 +109,7 @@ def _run(asked: UserTurn, answers: Sequence[Message], teller: Teller) -> list[Ev
             timestamp=now,
         ),
     ]
-    turns = [message for message in answers if isinstance(message, AssistantTurn)]
-    results = {turn.tool_call_id: turn for turn in answers if isinstance(turn, ToolTurn)}
-    for index, turn in enumerate(turns):
-        events += _turn(turn, index, results, teller)
+    events += _turns(answers, teller, at + len(events), private)
     return [
         *events,
         SessionEnd(
@@ -101,26 +118,49 @@ def _run(asked: UserTurn, answers: Sequence[Message], teller: Teller) -> list[Ev
             status="succeeded",
             reason="end_turn",
             total_usage=Usage(),
-            turn_count=len(turns),
+            turn_count=sum(isinstance(message, AssistantTurn) for message in answers),
             timestamp=now,
         ),
     ]
 
 
-def _turn(
-    turn: AssistantTurn, index: int, results: dict[str, ToolTurn], teller: Teller
-) -> Iterator[Event]:
+def _turns(
+    answers: Sequence[Message], teller: Teller, at: int, private: list[Private]
+) -> list[Event]:
+    """Return the events of turns, the first of which is at a place of its append.
+
+    Arguments stand in events as people may see them: what was written is kept beside.
+    """
+    results = {turn.tool_call_id: turn for turn in answers if isinstance(turn, ToolTurn)}
+    events: list[Event] = []
+    turns = [turn for turn in answers if isinstance(turn, AssistantTurn)]
+    for index, turn in enumerate(turns):
+        events += _answer(turn, index, teller)
+        if turn.tool_calls:
+            whole = Answer(turn, "tool_use", Usage())
+            private.append(Private("message", whole.dump(), 0, at + len(events) - 1))
+        events += _results(turn, index, results, teller)
+    return events
+
+
+def _answer(turn: AssistantTurn, index: int, teller: Teller) -> Iterator[Event]:
     yield TurnStart(turn_index=index, timestamp=teller.now_ms)
     for call in turn.tool_calls:
         yield ToolCallStart(tool_call_id=call.id, tool_name=call.name, turn_index=index)
-        yield ToolCallArgsDelta(tool_call_id=call.id, delta=call.arguments, turn_index=index)
+        shown = teller.masker.arguments(call.arguments)
+        yield ToolCallArgsDelta(tool_call_id=call.id, delta=shown, turn_index=index)
     yield TextComplete(text=turn.text, turn_index=index)
+
+
+def _results(
+    turn: AssistantTurn, index: int, results: dict[str, ToolTurn], teller: Teller
+) -> Iterator[Event]:
     for call in turn.tool_calls:
         if (result := results.get(call.id)) is not None:
             yield ToolCallEnd(
                 tool_call_id=call.id,
                 tool_name=call.name,
-                result=result.text,
+                result=teller.masker.text(result.text),
                 is_error=result.is_error,
                 duration_ms=0,
                 turn_index=index,

@@ -1,5 +1,6 @@
 """Secrets never reach a frame: what they are replaced with, and how they are recognised."""
 
+import json
 import re
 from collections.abc import Iterable, Iterator
 from typing import Any, Final
@@ -115,6 +116,17 @@ class Masker:
         if "://" in text and "@" in text:
             text = LOGIN.sub(MASK, text)
         return SHAPES.sub(MASK, text) if _may_fit(text) else text
+
+    def arguments(self, text: str) -> str:
+        """Return a call's arguments, as a model wrote them, as people may see them: JSON if it is.
+
+        Whole and not in pieces, since a secret cannot be recognised in pieces.
+        """
+        try:
+            value = self.value(json.loads(text or "{}"))
+        except (ValueError, RecursionError):
+            return self.text(text)
+        return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
     def pieces(self, text: str) -> Iterator[str]:
         """Yield what `text` returns in pieces, so that others come in between: it takes its time.

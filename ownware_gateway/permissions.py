@@ -26,10 +26,11 @@ _PRESETS: Final = {"coding": CODING, "readonly": READONLY, "none": frozenset[str
 class Verdict:
     """What happens with a call, and why; the reason is shown to the person or the model.
 
-    `rule` is what decided: a rule of the profile or a floor; None for the mode.
+    `rule` is what decided: a rule of the profile or a floor; None for the mode. `client`: it is a
+    tool of the client's, who runs it.
     """
 
-    decision: Literal["run", "ask", "deny"]
+    decision: Literal["run", "ask", "deny", "client"]
     reason: str
     rule: str | None = None
 

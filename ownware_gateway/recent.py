@@ -9,7 +9,13 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any, Final
 
-from ownware_gateway.events import QuestionRequest, QuestionResponse, ToolCallEnd, ValuePart
+from ownware_gateway.events import (
+    ClientResult,
+    QuestionRequest,
+    QuestionResponse,
+    ToolCallEnd,
+    ValuePart,
+)
 from ownware_gateway.log import Log, Stream
 from ownware_gateway.transcript import Call, RunFacts, Turn, load, load_told, trim
 
@@ -114,6 +120,12 @@ def _of_call(call: Call) -> int:
         said += _of_json(call.request.question, call.request.options)
     if isinstance(call.response, QuestionResponse):
         said += _of_json(call.response.answer)
+    if isinstance(call.response, ClientResult):
+        said += sum(
+            _of_json(item.result)
+            for item in call.response.results or ()
+            if item.tool_call_id == call.id
+        )
     return CALL_BYTES + _of_json(call.input) + said
 
 

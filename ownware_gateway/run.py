@@ -12,6 +12,8 @@ from ownware_gateway.events import (
     AgentComplete,
     Answers,
     Asks,
+    ClientCall,
+    ClientResult,
     CompactionEnd,
     DecidedBy,
     EndStatus,
@@ -93,8 +95,14 @@ class Question(NamedTuple):
     rule: str | None = None
 
 
+class HandOver(NamedTuple):
+    """Have the client make these calls, which are of its own tools."""
+
+    calls: tuple[Call, ...]
+
+
 class Wait(NamedTuple):
-    """Nothing can happen before a person answers."""
+    """Nothing can happen before a person, or the client, answers."""
 
     request_id: str
 
@@ -163,7 +171,10 @@ TIMED_OUT: Final = Finish("timed_out", "aborted", "timed_out")
 #: What is done about a run's agents.
 AgentStep = Spawn | Begin | Deliver | Recall | Rest
 
-Step = Ask | RunTools | Refuse | Answered | Question | Wait | AgentStep | EndTurn | Finish | Done
+#: What is done about calls.
+CallStep = RunTools | Refuse | Answered | Question | HandOver | Wait
+
+Step = Ask | CallStep | AgentStep | EndTurn | Finish | Done
 
 #: How far the run of an agent is, as its row says: `spawned` has not begun.
 AgentState = Literal["spawned", "under_way", "stopping", "ended"]
@@ -235,6 +246,7 @@ def next_step(
     return (
         _next_for_agents(turn, agents)
         or _next_for_calls(turn, judge, agents)
+        or _without_results(turn)
         or _stop_at_limit(facts, limits)
         or EndTurn(turn, "tool_use")
     )
@@ -264,12 +276,14 @@ def _next_for_calls(turn: Turn, judge: Callable[[Call], Verdict], agents: Agents
     """Return what to do with the turn's calls; None when all have ended.
 
     Free calls run first, then people are asked, one question at a time, and what they granted runs
-    together: nobody waits for a person who need not, nor for an agent.
+    together: nobody waits for a person who need not, nor for an agent. What the client is to call
+    goes out last and all at once, for only then its answer from the gateway is over.
     """
     under_way = len(agents.of(turn.calls.values(), "under_way", "stopping"))
     free: list[Call] = []
     granted: list[Call] = []
     rules: dict[str, str] = {}
+    by_client: list[Call] = []
     question: Wait | Question | None = None
     for call in turn.calls.values():
         if call.end is not None or call.agent is not None:
@@ -279,6 +293,8 @@ def _next_for_calls(turn: Turn, judge: Callable[[Call], Verdict], agents: Agents
                 return ends
             case Wait() | Question() as asks:
                 question = question or asks
+            case "client":
+                by_client.append(call)
             case _May(is_granted, rule):
                 (granted if is_granted else free).append(call)
                 if rule is not None:
@@ -289,7 +305,18 @@ def _next_for_calls(turn: Turn, judge: Callable[[Call], Verdict], agents: Agents
         or question
         or _run(granted, rules, agents.tool, places)
         or (Rest(under_way) if under_way else None)
+        or (HandOver(tuple(by_client)) if by_client else None)
     )
+
+
+def _without_results(turn: Turn) -> Finish | None:
+    """Return the end of a run whose client makes none of its calls, and is not there any more.
+
+    Nobody would read what the model says to that.
+    """
+    responses = [call.response for call in turn.calls.values()]
+    left = any(isinstance(said, ClientResult) and not said.granted for said in responses)
+    return Finish("succeeded", "tool_use") if left else None
 
 
 def _run(
@@ -312,8 +339,8 @@ class _May(NamedTuple):
 
 def _next_for_call(
     call: Call, judge: Callable[[Call], Verdict]
-) -> Refuse | Answered | Wait | Question | _May:
-    if isinstance(call.response, QuestionResponse):
+) -> Refuse | Answered | Wait | Question | _May | Literal["client"]:
+    if isinstance(call.response, QuestionResponse | ClientResult):
         return _answered(call, call.response)
     if call.response is not None and not call.executing and not call.response.granted:
         return Refuse(call, _denial(call.response))
@@ -324,6 +351,8 @@ def _next_for_call(
     if verdict.decision == "deny":
         return Refuse(call, verdict.reason, verdict.rule)
     granted = call.response is not None and not call.executing
+    if not granted and verdict.decision == "client":
+        return "client"
     if granted or verdict.decision == "run":
         # What a person has granted bears the rule that asked in its question.
         return _May(granted, verdict.rule if verdict.decision == "run" else None)
@@ -334,8 +363,12 @@ def _denial(response: PermissionResponse) -> str:
     return f"Denied: {response.reason}"
 
 
-def _answered(call: Call, response: QuestionResponse) -> Answered:
-    if response.answer is not None:
+def _answered(call: Call, response: QuestionResponse | ClientResult) -> Answered:
+    if isinstance(response, ClientResult):
+        for item in response.results or ():
+            if item.tool_call_id == call.id:
+                return Answered(call, item.result, is_error=False)
+    elif response.answer is not None:
         return Answered(call, response.answer, is_error=False)
     return Answered(call, f"{response.reason[:1].upper()}{response.reason[1:]}.", is_error=True)
 
@@ -471,11 +504,15 @@ def _close_calls(turn: Turn, finish: Finish) -> list[Event]:
     decided_by: DecidedBy = "timeout" if finish.status == "timed_out" else "cancel"
     why = f"the run {'ran out of time' if finish.status == 'timed_out' else 'ended'}"
     events: list[Event] = []
+    answered: set[str] = set()
     for call in turn.calls.values():
         if call.end is not None:
             continue
-        if call.request is not None and call.response is None:
-            events.append(_unanswered(call.request, decided_by, why))
+        asked = call.request
+        # Several calls may wait with one request.
+        if asked is not None and call.response is None and asked.request_id not in answered:
+            answered.add(asked.request_id)
+            events.append(_unanswered(asked, decided_by, why))
         ended = _close_call(turn, call, why)
         if call.agent is not None:
             events.append(agent_failed(turn, call.agent.agent_id, ended.result, "aborted"))
@@ -484,18 +521,26 @@ def _close_calls(turn: Turn, finish: Finish) -> list[Event]:
 
 
 def _close_call(turn: Turn, call: Call, why: str) -> ToolCallEnd:
-    if isinstance(call.response, QuestionResponse):
+    if isinstance(call.response, QuestionResponse | ClientResult):
         # It was answered, and nothing but its end is missing.
         said = _answered(call, call.response)
         return tool_end(turn, call, said.result, is_error=said.is_error)
     how = "Interrupted" if call.executing else "Not run"
-    if isinstance(call.request, QuestionRequest):
+    if isinstance(call.request, QuestionRequest | ClientCall):
         how = "Not answered"
     return tool_end(turn, call, f"{how}: {why}.", is_error=True)
 
 
 def _unanswered(asked: Asks, by: DecidedBy, why: str) -> Answers:
-    """Return the response to what a person was asked and has not answered."""
+    """Return the response to what a person, or a client, was asked and has not answered."""
+    if isinstance(asked, ClientCall):
+        return ClientResult(
+            request_id=asked.request_id,
+            results=None,
+            decided_by=by,
+            reason=why,
+            turn_index=asked.turn_index,
+        )
     if isinstance(asked, QuestionRequest):
         return QuestionResponse(
             request_id=asked.request_id,

@@ -14,6 +14,8 @@ from ownware_gateway.events import (
     AgentSpawn,
     Answers,
     Asks,
+    ClientCall,
+    ClientResult,
     CompactionEnd,
     CompactionStart,
     Error,
@@ -303,7 +305,10 @@ class RunFacts:
                 pass
 
 
-def _apply_from_below(run: RunFacts, event: Asks | Answers) -> None:
+def _apply_from_below(
+    run: RunFacts,
+    event: PermissionRequest | PermissionResponse | QuestionRequest | QuestionResponse,
+) -> None:
     """Take what another agent has asked a person; its calls are told of in its own stream."""
     match event:
         case PermissionRequest() | QuestionRequest():
@@ -398,7 +403,7 @@ def _apply_to_call(turn: Turn, event: Event, seq: int) -> None:
             turn.calls[event.tool_call_id].input = event.input
         case QuestionRequest():
             turn.calls[event.tool_call_id].request = event
-        case PermissionResponse() | QuestionResponse():
+        case PermissionResponse() | QuestionResponse() | ClientResult():
             for call in turn.calls.values():
                 if call.request is not None and call.request.request_id == event.request_id:
                     call.response = event
@@ -408,6 +413,9 @@ def _apply_to_call(turn: Turn, event: Event, seq: int) -> None:
 
 def _apply_to_agent(turn: Turn, event: Event) -> None:
     match event:
+        case ClientCall():
+            for called in event.calls:
+                turn.calls[called.tool_call_id].request = event
         case AgentSpawn():
             turn.calls[event.tool_call_id].agent = event
         case AgentComplete():
@@ -613,6 +621,8 @@ def conversation(runs: Sequence[RunFacts], *, also: CompactionEnd | None = None)
 
 
 def _how_it_ended(end: SessionEnd) -> str:
+    if end.reason == "tool_use":
+        return "ended without the results of its calls"
     return f"was {end.status}" if end.status == "cancelled" else f"{end.status} ({end.reason})"
 
 

@@ -7,6 +7,7 @@ from pydantic import ValidationError
 
 from ownware_gateway.events import (
     ANSWERING,
+    ASKED,
     ASKING,
     DELTAS,
     EVENTS,
@@ -14,6 +15,9 @@ from ownware_gateway.events import (
     AgentSpawn,
     AnyEvent,
     Attachment,
+    CalledTool,
+    ClientCall,
+    ClientResult,
     CompactionEnd,
     CompactionStart,
     ContextPressure,
@@ -41,6 +45,7 @@ from ownware_gateway.events import (
     ToolCallExecute,
     ToolCallProgress,
     ToolCallStart,
+    ToolResult,
     ToolResultDrop,
     TurnEnd,
     TurnInterrupted,
@@ -306,6 +311,24 @@ EXAMPLES: list[AnyEvent] = [
         turn_index=0,
         agent_id="agent_1",
     ),
+    ClientCall(
+        request_id="q",
+        calls=[CalledTool(tool_call_id="c", tool_name="weather")],
+        operation_hash="h",
+        expires_at=AT,
+        usage=USAGE,
+        turn_index=0,
+    ),
+    ClientResult(
+        request_id="q",
+        results=[ToolResult(tool_call_id="c", result="sunny\né")],
+        decided_by="user",
+        reason="the client answered",
+        turn_index=0,
+    ),
+    ClientResult(
+        request_id="q", results=None, decided_by="timeout", reason="too late", turn_index=0
+    ),
 ]
 
 every_example = pytest.mark.parametrize(
@@ -335,9 +358,10 @@ def test_the_vocabulary_is_complete() -> None:
         assert get_args(event.model_fields["type"].annotation) == (name,)
 
 
-def test_what_is_asked_of_a_person_and_answered_is_of_two_kinds() -> None:
-    assert {"permission.request", "question.request"} == ASKING
-    assert {"permission.response", "question.response"} == ANSWERING
+def test_what_is_asked_and_answered_is_of_three_kinds_two_of_which_are_a_persons() -> None:
+    assert {"permission.request", "question.request", "client.call"} == ASKING
+    assert {"permission.response", "question.response", "client.result"} == ANSWERING
+    assert {"client.call", "client.result"} == (ASKING | ANSWERING) - ASKED
 
 
 def test_deltas_are_events_and_no_fact_is_a_delta() -> None:

@@ -8,6 +8,7 @@ from hypothesis import given, strategies as st
 
 from ownware_gateway.events import Event, UserMessage, decode
 from ownware_gateway.history import NOBODY_SPOKE, Teller, told
+from ownware_gateway.masking import Masker
 from ownware_gateway.models import (
     AssistantTurn,
     File,
@@ -20,7 +21,7 @@ from ownware_gateway.models import (
 )
 from ownware_gateway.transcript import RunFacts, conversation, fold
 
-TELLER = Teller("p", "demo:x", 1, lambda kind: f"{kind}_1")
+TELLER = Teller("p", "demo:x", 1, lambda kind: f"{kind}_1", Masker())
 CALL = ToolCall("c1", "look", '{"at": 1}')
 
 Text = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20)

@@ -1,3 +1,4 @@
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -6,6 +7,9 @@ import pytest
 from ownware_gateway.events import (
     Answers,
     Asks,
+    CalledTool,
+    ClientCall,
+    ClientResult,
     CompactionEnd,
     CompactionStart,
     DecidedBy,
@@ -28,6 +32,7 @@ from ownware_gateway.events import (
     ToolCallEnd,
     ToolCallExecute,
     ToolCallStart,
+    ToolResult,
     TurnEnd,
     TurnInterrupted,
     TurnStart,
@@ -50,6 +55,7 @@ from ownware_gateway.run import (
     Done,
     EndTurn,
     Finish,
+    HandOver,
     Limits,
     Question,
     Recall,
@@ -103,6 +109,29 @@ class Recorded:
 
     def events(self, appends: int | None = None) -> list[Event]:
         return [event for append in self.appends[:appends] for event in append]
+
+
+def handed(*calls: tuple[str, str], index: int = 0) -> ClientCall:
+    return ClientCall(
+        request_id=f"perm_{calls[0][0]}",
+        calls=[CalledTool(tool_call_id=call_id, tool_name=name) for call_id, name in calls],
+        operation_hash="hash",
+        expires_at=AT + 1_000,
+        usage=USAGE,
+        turn_index=index,
+    )
+
+
+def handed_in(call_id: str, results: Sequence[str] | None, index: int = 0) -> ClientResult:
+    """The results of the client's calls, by their ids; each call's result is its id."""
+    given = [ToolResult(tool_call_id=name, result=name) for name in results or ()]
+    return ClientResult(
+        request_id=f"perm_{call_id}",
+        results=None if results is None else given,
+        decided_by="user",
+        reason="it is said",
+        turn_index=index,
+    )
 
 
 class Recorder:
@@ -283,6 +312,8 @@ SHELL_2 = ("c_shell_2", "shell_execute")
 UNKNOWN = ("c_unknown", "fly")
 PERSON = ("c_person", "ask_user")
 PERSON_2 = ("c_person_2", "ask_user")
+CLIENT = ("c_client", "weather")
+CLIENT_2 = ("c_client_2", "weather")
 
 
 def judge(call: Call) -> Verdict:
@@ -294,6 +325,8 @@ def judge(call: Call) -> Verdict:
             return Verdict("run", "it only reads")
         case "shell_execute" | "ask_user":
             return Verdict("ask", "it may change something")
+        case "weather":
+            return Verdict("client", "the client runs it")
         case _:
             return Verdict("deny", "There is no such tool.")
 
@@ -408,6 +441,34 @@ def recorded_runs() -> dict[str, Recorded]:
             .answer("Done")
             .finishes()
         ),
+        "the client makes calls beside others": (
+            Recorder()
+            .begin()
+            .answer("", CLIENT, READ, SHELL, CLIENT_2)
+            .executes(READ)
+            .ends(*READ, "one")
+            .asks(*SHELL)
+            .decides(SHELL[0], granted=False)
+            .ends(*SHELL, "Denied: a person said so", error=True)
+            .add(handed(CLIENT, CLIENT_2))
+            .add(handed_in(CLIENT[0], [CLIENT_2[0], CLIENT[0]]))
+            .ends(*CLIENT, CLIENT[0])
+            .ends(*CLIENT_2, CLIENT_2[0])
+            .turn_ends()
+            .turn()
+            .answer("Done")
+            .finishes()
+        ),
+        "the client makes no call": (
+            Recorder()
+            .begin()
+            .answer("", CLIENT, CLIENT_2)
+            .add(handed(CLIENT, CLIENT_2))
+            .add(handed_in(CLIENT[0], None))
+            .ends(*CLIENT, "It is said.", error=True)
+            .ends(*CLIENT_2, "It is said.", error=True)
+            .finishes(Finish("succeeded", "tool_use"))
+        ),
         "retries": (
             Recorder()
             .begin()
@@ -503,9 +564,16 @@ def perform(step: Step, facts: RunFacts) -> list[Event]:
         case Wait(request_id):
             call_id = request_id.removeprefix("perm_")
             said = Recorder().decides(call_id, granted=True)
-            if isinstance(facts.question(), QuestionRequest):
+            asked = facts.question()
+            if isinstance(asked, QuestionRequest):
                 said = Recorder().answers(call_id, "green")
             events += said.run.appends[-1]
+            if isinstance(asked, ClientCall):
+                results = [called.tool_call_id for called in asked.calls]
+                events = [handed_in(call_id, results, asked.turn_index)]
+        case HandOver(calls):
+            assert turn is not None
+            events.append(handed(*((call.id, call.name) for call in calls), index=turn.index))
         case Begin(calls) | Deliver(calls):
             assert turn is not None
             for call in calls:
@@ -641,7 +709,7 @@ def test_a_run_at_its_limit_ends_before_the_model_is_asked_again(
     end = events[-1]
     assert isinstance(end, SessionEnd)
     assert end.turn_count == answers
-    assert end.reason in (reason, "end_turn")
+    assert end.reason in (reason, "end_turn", "tool_use")
 
 
 @pytest.mark.parametrize(("recorded", "count"), PREFIXES)
@@ -703,6 +771,8 @@ def call_names(step: Step) -> Any:
             return "refuse", call.id, reason
         case Question(call, _):
             return "ask", call.id
+        case HandOver(calls):
+            return "hand over", *(call.id for call in calls)
         case Answered(call, result, is_error):
             return "answered", call.id, result, is_error
         case EndTurn(turn, reason):
@@ -742,6 +812,35 @@ TABLE: dict[str, tuple[Recorder, Any]] = {
         ("refuse", "c_read_2", CUT[2]),
     ),
     "a call that was executing": (begun().answer("", READ).executes(READ), CUT),
+    "calls for the client": (
+        begun().answer("", CLIENT, CLIENT_2),
+        ("hand over", "c_client", "c_client_2"),
+    ),
+    "free calls go before the client's": (begun().answer("", CLIENT, READ), ("run", "c_read")),
+    "questions go before the client's calls": (
+        begun().answer("", CLIENT, SHELL),
+        ("ask", "c_shell"),
+    ),
+    "the client has the calls": (
+        begun().answer("", CLIENT, CLIENT_2).add(handed(CLIENT, CLIENT_2)),
+        Wait("perm_c_client"),
+    ),
+    "the client has made its calls": (
+        begun().answer("", CLIENT).add(handed(CLIENT)).add(handed_in(CLIENT[0], [CLIENT[0]])),
+        ("answered", "c_client", "c_client", False),
+    ),
+    "the client makes no calls": (
+        begun().answer("", CLIENT).add(handed(CLIENT)).add(handed_in(CLIENT[0], None)),
+        ("answered", "c_client", "It is said.", True),
+    ),
+    "the client has made no calls": (
+        begun()
+        .answer("", CLIENT)
+        .add(handed(CLIENT))
+        .add(handed_in(CLIENT[0], None))
+        .ends(*CLIENT, "It is said.", error=True),
+        Finish("succeeded", "tool_use"),
+    ),
     "an unknown tool": (begun().answer("", UNKNOWN), NO_TOOL),
     "an unknown tool beside others": (begun().answer("", READ, SHELL, UNKNOWN), NO_TOOL),
     "a call to ask for": (begun().answer("", SHELL), ("ask", "c_shell")),

@@ -144,7 +144,8 @@ class Permission(NamedTuple):
     """What is asked of a person, and the answer: `granted` is None until there is one.
 
     `question` is None where a call asks whether it may run. Where the call itself asks, it is what
-    (`question`, `options`, `multiple`) until it is answered, and empty from then on.
+    (`question`, `options`, `multiple`) until it is answered, and empty from then on. Where calls
+    wait for a client that makes them, it is `calls`, until there are results, and then no calls.
     """
 
     request_id: str
@@ -162,9 +163,11 @@ class Permission(NamedTuple):
     question: Mapping[str, Any] | None = None
 
     @property
-    def kind(self) -> Literal["permission", "question"]:
-        """Whether a yes is asked for, or an answer in words."""
-        return "permission" if self.question is None else "question"
+    def kind(self) -> Literal["permission", "question", "client"]:
+        """Whether a yes is asked for, an answer in words, or the results of a client's tools."""
+        if self.question is None:
+            return "permission"
+        return "client" if "calls" in self.question else "question"
 
 
 class NewRun(NamedTuple):
@@ -262,13 +265,22 @@ Guard = Starts | Drives | Decides | Cancels
 class Private:
     """What is kept beside an event of its append, the last one by default.
 
-    Nobody sees a `profile`, `options`, a `message`, an `attachment` or a `summary`. What a tool
+    Nobody sees a `profile`, `options`, a `message`, an `attachment` or a `summary`, and nobody but
+    the client who is to make them the exact arguments of its `calls`. What a tool
     gave back, its whole `output`, an `image` or another `resource`, can be fetched by whoever may
     read the event.
     """
 
     kind: Literal[
-        "profile", "options", "message", "attachment", "summary", "output", "image", "resource"
+        "profile",
+        "options",
+        "message",
+        "attachment",
+        "summary",
+        "calls",
+        "output",
+        "image",
+        "resource",
     ]
     body: bytes
     index: int = 0

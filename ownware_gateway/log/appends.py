@@ -14,6 +14,8 @@ from ownware_gateway.events import (
     AgentComplete,
     AgentSpawn,
     Asks,
+    ClientCall,
+    ClientResult,
     CompactionEnd,
     Event,
     Fallback,
@@ -296,19 +298,19 @@ def _change_rows(connection: GroupConnection, event: Event, row: dict[str, Any])
             total = _usage_of(connection, row)
             used = used.plus(total) if total.model else used
             connection.run("run_usage", **row, usage=used.model_dump_json())
-        case PermissionRequest() | QuestionRequest():
+        case PermissionRequest() | QuestionRequest() | ClientCall():
             connection.run(
                 "ask",
                 **row,
                 request_id=event.request_id,
-                tool_name=event.tool_name,
+                tool_name=_tool_name(event),
                 operation_hash=event.operation_hash,
                 expires_at=event.expires_at,
                 turn_index=event.turn_index,
                 question=_question(event),
             )
             connection.run("run_waits", **row)
-        case PermissionResponse() | QuestionResponse():
+        case PermissionResponse() | QuestionResponse() | ClientResult():
             connection.run(
                 "decide",
                 **row,
@@ -335,6 +337,11 @@ def _change_rows(connection: GroupConnection, event: Event, row: dict[str, Any])
             pass
 
 
+def _tool_name(event: Asks) -> str:
+    """Return the tool that a row is about; where several calls wait together, the first one's."""
+    return event.calls[0].tool_name if isinstance(event, ClientCall) else event.tool_name
+
+
 def _question(event: Asks) -> str | None:
     """Return what a question asks as JSON, for its row; None where a call asks whether it may run.
 
@@ -342,6 +349,8 @@ def _question(event: Asks) -> str | None:
     """
     if isinstance(event, PermissionRequest):
         return None
+    if isinstance(event, ClientCall):
+        return json.dumps({"calls": [called.model_dump() for called in event.calls]})
     shown = {"question": event.question, "options": event.options, "multiple": event.multiple}
     return json.dumps(shown)
 

@@ -85,11 +85,19 @@ Message = UserTurn | AssistantTurn | ToolTurn
 
 
 class ToolSpec(NamedTuple):
-    """A tool as the model sees it; `input_schema` is JSON Schema of an object."""
+    """A tool as the model sees it; `input_schema` is JSON Schema of an object.
+
+    `strict`: its provider is asked to let the model write nothing that does not fit.
+    """
 
     name: str
     description: str
     input_schema: dict[str, Any]
+    strict: bool = False
+
+
+#: The `tool_choice` of a model that must call a tool, whichever; no tool has this name.
+ANY_TOOL: Final = "*"
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +108,8 @@ class Request:
     followed by one `ToolTurn` for each call, in their order. `thinking` is how much the model may
     reason before it answers: None leaves the provider's default. `response_format` is OpenAI's
     `{"type": "json_object"}` or `{"type": "json_schema", "json_schema": …}`; `user` names to the
-    provider who is behind the request.
+    provider who is behind the request. `tool_choice` is the tool that the model must call, by its
+    name, or `ANY_TOOL`; without `parallel_tool_calls` being False it may call several at once.
     """
 
     model: str
@@ -115,11 +124,14 @@ class Request:
     seed: int | None = None
     response_format: Mapping[str, Any] | None = None
     user: str | None = None
+    tool_choice: str | None = None
+    parallel_tool_calls: bool | None = None
 
 
 #: The options that are fields of a request as well.
 _ASKED: Final = (
     *("temperature", "top_p", "max_tokens", "seed", "response_format", "thinking", "user"),
+    *("tool_choice", "parallel_tool_calls"),
 )
 
 
@@ -128,7 +140,8 @@ class Options(NamedTuple):
 
     `instructions` come after the profile's own. A `bare` run has neither tools nor the profile's
     instructions. `metadata` is for the caller, and `door` for the door that started the run, to be
-    found again; neither goes to a model.
+    found again; neither goes to a model. `client_tools` are tools that the caller runs itself, each
+    with the fields of a `ToolSpec`.
     """
 
     temperature: float | None = None
@@ -143,6 +156,9 @@ class Options(NamedTuple):
     instructions: str = ""
     bare: bool = False
     door: Mapping[str, Any] | None = None
+    client_tools: Sequence[Mapping[str, Any]] = ()
+    tool_choice: str | None = None
+    parallel_tool_calls: bool | None = None
 
     def apply(self, request: Request) -> Request:
         """Return the request with what is asked for here in place of what it says."""

@@ -16,6 +16,7 @@ from typing import Any, Final
 
 from ownware_gateway.events import StopReason, Usage
 from ownware_gateway.models import (
+    ANY_TOOL,
     Answer,
     AssistantTurn,
     CallStart,
@@ -130,6 +131,8 @@ class Anthropic:
             # It takes a schema and no free JSON.
             "response_format": form is not None and form["type"] != "json_schema",
             "input_audio": any(file.mime_type.startswith("audio/") for file in files),
+            # A model that thinks decides itself what it calls.
+            "tool_choice": request.tool_choice is not None and thinks,
         }
         return [name for name, wanted in asked.items() if wanted]
 
@@ -283,9 +286,15 @@ def _body(request: Request) -> dict[str, Any]:
         body["system"] = [{"type": "text", "text": request.system, **_CACHED}]
     if request.tools:
         body["tools"] = [
-            {"name": tool.name, "description": tool.description, "input_schema": tool.input_schema}
+            {
+                "name": tool.name,
+                "description": tool.description,
+                "input_schema": tool.input_schema,
+                **({"strict": True} if tool.strict else {}),
+            }
             for tool in request.tools
         ]
+        body |= _choice(request)
     body |= _thinking(request.model, request.thinking, body["max_tokens"])
     thinks = request.thinking not in (None, "off")
     if request.temperature is not None and not thinks and _SAMPLED.match(request.model):
@@ -301,6 +310,17 @@ def _body(request: Request) -> dict[str, Any]:
         form = {"format": {"type": "json_schema", "schema": schema}}
         body["output_config"] = body.get("output_config", {}) | form
     return body
+
+
+def _choice(request: Request) -> dict[str, Any]:
+    """Return the field that says whether and how the model calls tools."""
+    choice: dict[str, Any] = {"type": "auto"}
+    if request.tool_choice is not None:
+        one = {"type": "tool", "name": request.tool_choice}
+        choice = {"type": "any"} if request.tool_choice == ANY_TOOL else one
+    if request.parallel_tool_calls is False:
+        choice["disable_parallel_tool_use"] = True
+    return {} if choice == {"type": "auto"} else {"tool_choice": choice}
 
 
 def _thinking(model: str, level: str | None, max_tokens: int) -> dict[str, Any]:

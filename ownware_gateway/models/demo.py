@@ -137,7 +137,11 @@ class Demo:
         """
         files = [file for turn in request.messages for file in getattr(turn, "files", ())]
         deaf = any(file.mime_type.startswith("audio/") for file in files)
-        asked = {"response_format": request.response_format is not None, "input_audio": deaf}
+        asked = {
+            "response_format": request.response_format is not None,
+            "input_audio": deaf,
+            "tool_choice": request.tool_choice is not None,
+        }
         return [name for name, wanted in asked.items() if wanted]
 
 

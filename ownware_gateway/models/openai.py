@@ -16,6 +16,7 @@ from typing import Any, Final
 
 from ownware_gateway.events import StopReason, Usage
 from ownware_gateway.models import (
+    ANY_TOOL,
     Answer,
     AssistantTurn,
     CallStart,
@@ -111,10 +112,12 @@ class OpenAI:
                         "name": tool.name,
                         "description": tool.description,
                         "parameters": tool.input_schema,
+                        **({"strict": True} if tool.strict else {}),
                     },
                 }
                 for tool in request.tools
             ]
+            body |= _choice(request)
         if request.temperature is not None:
             body["temperature"] = request.temperature
         if request.max_tokens is not None:
@@ -143,7 +146,14 @@ class OpenAI:
             and "audio" not in request.model
         )
         formats = {audio_format(file) for file in files_of(request) if is_audio(file)}
-        return ["input_audio"] if formats and (deaf or None in formats) else []
+        asked = {
+            "input_audio": bool(formats) and (deaf or None in formats),
+            # Its server takes the fields and does nothing with them.
+            "tool_choice": self.provider == "ollama" and request.tool_choice is not None,
+            "parallel_tool_calls": self.provider == "ollama"
+            and request.parallel_tool_calls is False,
+        }
+        return [name for name, wanted in asked.items() if wanted]
 
     def _reasoning(self, request: Request) -> dict[str, Any]:
         if request.thinking is None:
@@ -152,6 +162,18 @@ class OpenAI:
         if self.provider == "openrouter":
             return {"reasoning": {"effort": effort}}
         return {"reasoning_effort": effort}
+
+
+def _choice(request: Request) -> dict[str, Any]:
+    """Return the fields that say whether and how the model calls tools."""
+    body: dict[str, Any] = {}
+    if request.tool_choice == ANY_TOOL:
+        body["tool_choice"] = "required"
+    elif request.tool_choice is not None:
+        body["tool_choice"] = {"type": "function", "function": {"name": request.tool_choice}}
+    if request.parallel_tool_calls is not None:
+        body["parallel_tool_calls"] = request.parallel_tool_calls
+    return body
 
 
 def _messages(request: Request) -> list[dict[str, Any]]:

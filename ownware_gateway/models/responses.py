@@ -15,6 +15,7 @@ from typing import Any, Final
 
 from ownware_gateway.events import StopReason, Usage
 from ownware_gateway.models import (
+    ANY_TOOL,
     Answer,
     AssistantTurn,
     CallStart,
@@ -149,10 +150,15 @@ def _body(request: Request, *, summary: bool) -> dict[str, Any]:
                 "description": tool.description,
                 "parameters": tool.input_schema,
                 # Strict is the default here, and takes only a part of JSON Schema.
-                "strict": False,
+                "strict": tool.strict,
             }
             for tool in request.tools
         ]
+        if request.tool_choice is not None:
+            one = {"type": "function", "name": request.tool_choice}
+            body["tool_choice"] = "required" if request.tool_choice == ANY_TOOL else one
+        if request.parallel_tool_calls is not None:
+            body["parallel_tool_calls"] = request.parallel_tool_calls
     if request.temperature is not None:
         body["temperature"] = request.temperature
     if request.max_tokens is not None:

@@ -139,7 +139,8 @@ class Tool:
     of another program: it tells which, as part of what a person decides about; the schema is then
     not ours, and that program checks the arguments. `asks` tools do not run: a call is a question
     to a person, `question` with perhaps `options` and `multiple` of its arguments, and the answer
-    is its result.
+    is its result. Tools `by_client` do not run here either: whoever started the run brought them,
+    and makes their calls; `strict` ones want arguments that fit their schema, of the provider.
     """
 
     name: str
@@ -154,6 +155,8 @@ class Tool:
     exact: bool = False
     asks: bool = False
     origin: str = ""
+    by_client: bool = False
+    strict: bool = False
 
     @property
     def identity(self) -> str:

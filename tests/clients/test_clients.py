@@ -18,7 +18,7 @@ from typing import Final
 import pytest
 
 from tests.gateway import Gateways
-from tests.provider import Provider, Reply
+from tests.provider import Call, Provider, Reply
 
 pytestmark = [pytest.mark.clients, pytest.mark.timeout(900)]
 
@@ -91,13 +91,19 @@ async def output(url: str, *command: str) -> str:
 
 @pytest.fixture
 def scripted(provider: Provider, monkeypatch: pytest.MonkeyPatch) -> Provider:
-    """A model server that repeats what is said, and fails where it is told to."""
+    """A model server that repeats what is said, and fails or calls tools where it is told to."""
     take = provider._take
 
     async def taken(request: object) -> object:
         reply, asked = await take(request)  # type: ignore[arg-type]
         if '"FAIL"' in json.dumps(asked.body.get("messages", "")):
             reply = Reply(status=400, error="no such thing")
+        if (last := asked.body.get("messages", [{}])[-1]).get("content") == "CALL":
+            calls = [Call("weather", {"city": city}, id=city) for city in ("Rome", "Oslo")]
+            reply = Reply(text=["I look."], calls=calls)
+        elif last.get("role") == "tool":
+            results = [m["content"] for m in asked.body["messages"] if m["role"] == "tool"]
+            reply = Reply(text=[" and ".join(results)])
         return reply, asked
 
     monkeypatch.setattr(provider, "_take", taken)

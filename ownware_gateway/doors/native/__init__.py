@@ -503,7 +503,9 @@ class Native(ServerHandlers, ServiceHandlers):
         head = await self._log.head(Stream(INBOX))
         assert head is not None
         # Asked after the head: what comes later is in the stream that goes on from there.
-        items = [permission_shape(item) for item in await self._log.pending()]
+        # What waits for a client is nothing that a person could decide.
+        asked = [item for item in await self._log.pending() if item.kind != "client"]
+        items = [permission_shape(item) for item in asked]
         return answer({"items": items, "cursor": f"{head.epoch}.{head.last}"})
 
     async def approval_events(self, request: web.Request) -> web.StreamResponse:

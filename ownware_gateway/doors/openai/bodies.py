@@ -12,8 +12,9 @@ from aiohttp.http_exceptions import ContentEncodingError
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from ownware_gateway.doors.openai.errors import refuse
+from ownware_gateway.doors.openai.tools import check_results, read_choice, read_tools
 from ownware_gateway.errors import GatewayError
-from ownware_gateway.history import joined
+from ownware_gateway.history import NOBODY_SPOKE, joined
 from ownware_gateway.models import (
     AssistantTurn,
     File,
@@ -47,19 +48,16 @@ NEUTRAL: Final[Mapping[str, Sequence[Any]]] = {
     "verbosity": ("medium",),
     "service_tier": ("auto", "default"),
     "store": (True, False),
-    "tools": ([],),
-    "tool_choice": ("auto", "none"),
     "functions": ([],),
     "function_call": ("auto", "none"),
-    "parallel_tool_calls": (True, False),
     "prompt_cache_key": ("*",),
     "prompt_cache_retention": ("*",),
 }
 
 #: Why some of the others are refused.
 _WHY: Final = {
-    "tools": "tools of a client are not run here; the profile's tools are the agent's",
-    "functions": "tools of a client are not run here; the profile's tools are the agent's",
+    "functions": "it is of old; use tools",
+    "function_call": "it is of old; use tool_choice",
     "n": "there is one answer to a request",
 }
 
@@ -122,9 +120,19 @@ class ChatBody(Body):
     metadata: (
         dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]] | None
     ) = Field(default=None, max_length=16)
+    tools: list[dict[str, Any]] = Field(default_factory=list)
+    tool_choice: Literal["auto", "none", "required"] | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
 
     def options(self) -> Options:
-        """Return what is asked of the run; raises GatewayError for a format that is none."""
+        """Return what is asked of the run; raises GatewayError for a format or tools that are none.
+
+        A choice of no tool takes the client's away, and leaves the agent its own.
+        """
+        tools = read_tools(self.tools)
+        choice = read_choice(self.tool_choice, tools)
+        if self.tool_choice == "none":
+            tools = ()
         return Options(
             temperature=self.temperature,
             top_p=self.top_p,
@@ -135,6 +143,9 @@ class ChatBody(Body):
             thinking=EFFORTS[self.reasoning_effort] if self.reasoning_effort else None,
             user=self.user or self.safety_identifier,
             metadata=self.metadata,
+            client_tools=tools,
+            tool_choice=choice,
+            parallel_tool_calls=self.parallel_tool_calls if tools else None,
         )
 
 
@@ -174,12 +185,37 @@ class Conversation(NamedTuple):
     """What a list of messages holds: what the model is told, what was said, what is new.
 
     `tail` are the person's messages at the end; where the gateway has the conversation only the
-    last of them is new.
+    last of them is new. Where results of tools are at the end, `answered` are the model's turns
+    with their results since the person's last message.
     """
 
     instructions: str
     history: Sequence[Message]
     tail: Sequence[UserTurn]
+    answered: Sequence[AssistantTurn | ToolTurn] = ()
+
+    @property
+    def turns(self) -> Sequence[Message]:
+        """All of it, in its order."""
+        return [*self.history, *self.tail, *self.answered]
+
+    @property
+    def last_calls(self) -> AssistantTurn | None:
+        """The last answer that wants calls, unless the model has said something else since."""
+        turns = [*self.history, *self.answered]
+        last = next((turn for turn in reversed(turns) if isinstance(turn, AssistantTurn)), None)
+        return last if last is not None and last.tool_calls else None
+
+    @property
+    def results(self) -> Sequence[ToolTurn]:
+        """The results of the last calls."""
+        results: list[ToolTurn] = []
+        for turn in reversed([*self.history, *self.answered]):
+            if isinstance(turn, AssistantTurn):
+                break
+            if isinstance(turn, ToolTurn):
+                results.insert(0, turn)
+        return results if self.last_calls is not None else []
 
     @property
     def prompt(self) -> UserTurn:
@@ -293,13 +329,35 @@ async def conversation(messages: Sequence[Mapping[str, Any]], fetch: Fetch) -> C
                     "messages",
                     f"The field '{path}.role' must be system, developer, user, assistant or tool.",
                 )
+    answered = _answered(turns)
     tail: list[UserTurn] = []
     while turns and isinstance(turn := turns[-1], UserTurn):
         tail.insert(0, turn)
         turns.pop()
+    if answered:
+        return Conversation("\n\n".join(filter(None, instructions)), turns, tail, answered)
     if not tail or not any(turn.text.strip() or turn.files for turn in tail):
         raise refuse("messages", "The last message must be the user's, and say something.")
     return Conversation("\n\n".join(filter(None, instructions)), turns, tail)
+
+
+def _answered(turns: list[Message]) -> list[AssistantTurn | ToolTurn]:
+    """Take off the turns since the last person's message if they end with results of tools.
+
+    Raises GatewayError when a call among the last ones has none.
+    """
+    if not turns or not isinstance(turns[-1], ToolTurn):
+        return []
+    since = max((at for at, turn in enumerate(turns, 1) if isinstance(turn, UserTurn)), default=0)
+    answered = [turn for turn in turns[since:] if not isinstance(turn, UserTurn)]
+    del turns[since:]
+    if not turns:
+        turns.append(UserTurn(NOBODY_SPOKE))
+    place = max(at for at, turn in enumerate(answered) if isinstance(turn, AssistantTurn))
+    asked = answered[place]
+    assert isinstance(asked, AssistantTurn)
+    check_results(asked, [turn for turn in answered[place:] if isinstance(turn, ToolTurn)])
+    return answered
 
 
 def _check_size(messages: Sequence[Mapping[str, Any]]) -> None:

@@ -1,8 +1,9 @@
 """What a completion says: events folded into parts, and those into OpenAI's shapes; pure.
 
-One completion is an interval of a run: from its first event, or from a person's answer to a
-question, to its end or its next question. The same events give the same frames whenever they are
-read, so a stream that was cut is gone on with by reading it again and leaving out what was sent.
+One completion is an interval of a run: from its first event, or from an answer to what it waits
+for, to its end or the next thing that it waits for. The same events give the same frames whenever
+they are read, so a stream that was cut is gone on with by reading it again and leaving out what
+was sent.
 
 The shapes are https://platform.openai.com/docs/api-reference/chat.
 """
@@ -13,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 from ownware_gateway.doors.openai.errors import Wrong, run_failed
+from ownware_gateway.doors.openai.tools import calls_of
 from ownware_gateway.events import Usage
 from ownware_gateway.sse import Sent
 
@@ -44,7 +46,8 @@ class Shape(NamedTuple):
     """What every chunk of a completion says, and how it is to be told.
 
     `json` is an answer that a program reads: nothing but the last turn's text may be in it. Where
-    the agent `has_tools`, a text is held back until it is certain that no call follows.
+    the agent `has_tools`, a text is held back until it is certain that no call follows. The first
+    `brought` turns of the run came from the client and are not told again.
     """
 
     id: str
@@ -54,6 +57,7 @@ class Shape(NamedTuple):
     include_usage: bool = False
     json: bool = False
     has_tools: bool = False
+    brought: int = 0
 
 
 class Said(NamedTuple):
@@ -84,6 +88,12 @@ class Paused(NamedTuple):
     asked: Mapping[str, Any]
 
 
+class HandedOver(NamedTuple):
+    """The run waits for the client's tools; `calls` as a message has them."""
+
+    calls: Sequence[Mapping[str, Any]]
+
+
 class Ended(NamedTuple):
     """The run has ended, and its answer with it."""
 
@@ -97,17 +107,26 @@ class Broke(NamedTuple):
     wrong: Wrong
 
 
-Part = Said | Thought | Cut | Paused | Ended | Broke
+Part = Said | Thought | Cut | Paused | HandedOver | Ended | Broke
 
 
 class Answer:
-    """Folds the events of one completion into parts. `over` once nothing more can come."""
+    """Folds the events of one completion into parts. `over` once nothing more can come.
 
-    def __init__(self, *, as_json: bool = False, holds: bool = False) -> None:
+    `exact` are the arguments of calls that the client is to make, by the request they wait with:
+    the events have them with secrets masked, so they are to be put here before.
+    """
+
+    def __init__(self, shape: Shape, *, holds: bool) -> None:
         self.over = False
         self.usage = Usage()
-        self._json = as_json
-        self._holds = as_json and holds
+        self.exact: dict[str, Sequence[str]] = {}
+        self._run_id = shape.run_id
+        self._brought = shape.brought
+        #: The turn of which an earlier completion has told what it has used.
+        self._counted = -1
+        self._json = shape.json
+        self._holds = shape.json and holds
         self._failure = run_failed("internal", "The run failed.")
         self._text = ""
         self._thought = False
@@ -128,6 +147,8 @@ class Answer:
             return self._delta(event)
         if kind == "thinking.delta":
             return self._think(event["text"])
+        if event.get("turnIndex", self._brought) < self._brought:
+            return ()
         take = _TAKE.get(kind)
         return take(self, event) if take is not None else ()
 
@@ -175,7 +196,18 @@ class Answer:
         return (self._said(left),)
 
     def _turn_end(self, event: Mapping[str, Any]) -> Sequence[Part]:
+        if event["turnIndex"] != self._counted:
+            self.usage = self.usage.plus(Usage.model_validate(event["usage"]))
+        return ()
+
+    def _hand_over(self, event: Mapping[str, Any]) -> Sequence[Part]:
+        self.over = True
+        # The turn ends with the results, in the next completion.
         self.usage = self.usage.plus(Usage.model_validate(event["usage"]))
+        return (HandedOver(calls_of(event, self.exact[event["requestId"]], self._run_id)),)
+
+    def _handed_in(self, event: Mapping[str, Any]) -> Sequence[Part]:
+        self._counted = event["turnIndex"]
         return ()
 
     def _beside(self, event: Mapping[str, Any]) -> Sequence[Part]:
@@ -225,6 +257,8 @@ _TAKE: Final = {
     "recovery": Answer._recovery,
     "permission.request": Answer._question,
     "question.request": Answer._question,
+    "client.call": Answer._hand_over,
+    "client.result": Answer._handed_in,
     "error": Answer._error,
     "session.end": Answer._end,
 }
@@ -237,7 +271,7 @@ class Frames:
     """
 
     def __init__(self, shape: Shape, seen: tuple[int, int] = (0, 0)) -> None:
-        self.answer = Answer(as_json=shape.json, holds=shape.has_tools)
+        self.answer = Answer(shape, holds=shape.has_tools)
         #: Whether the answer came to an end that a client can use.
         self.finished = False
         self._shape = shape
@@ -287,6 +321,10 @@ class Frames:
                 if sentence := question(self._shape, asked):
                     yield self._delta({"content": self.answer.gap + sentence})
                 yield from self._end("stop", paused(self._shape, asked))
+            case HandedOver(calls):
+                for index, call in enumerate(calls):
+                    yield self._delta({"tool_calls": [{"index": index, **call}]})
+                yield from self._end("tool_calls", {"run_id": self._shape.run_id})
             case Ended():
                 yield from self._end(*ended(self._shape, part))
             case Broke(wrong):
@@ -307,11 +345,12 @@ class Whole:
     """One completion that is sent when it is whole."""
 
     def __init__(self, shape: Shape) -> None:
-        self.answer = Answer(as_json=shape.json, holds=True)
+        self.answer = Answer(shape, holds=True)
         self.wrong: Wrong | None = None
         self._shape = shape
         self._turns: list[list[str]] = [[]]
         self._thinking: list[str] = []
+        self._calls: Sequence[Mapping[str, Any]] = ()
         self._end: tuple[str, Mapping[str, Any]] = ("stop", {})
 
     def take(self, sent: Sent) -> None:
@@ -334,6 +373,9 @@ class Whole:
             case Paused(asked):
                 self._turns.append([question(self._shape, asked)])
                 self._end = "stop", paused(self._shape, asked)
+            case HandedOver(calls):
+                self._calls = calls
+                self._end = "tool_calls", {"run_id": self._shape.run_id}
             case Ended():
                 self._end = ended(self._shape, part)
             case Broke(wrong):
@@ -347,9 +389,11 @@ class Whole:
             content += _GAP + text if content and not content.endswith("\n") else text
         message: dict[str, Any] = {
             "role": "assistant",
-            "content": content,
+            "content": None if self._calls and not content else content,
             "refusal": None,
         }
+        if self._calls:
+            message["tool_calls"] = self._calls
         if self._thinking:
             message["reasoning_content"] = "".join(self._thinking)
         shape = self._shape

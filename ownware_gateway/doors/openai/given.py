@@ -4,7 +4,8 @@ import base64
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ownware_gateway.doors.openai.items import text_part
+from ownware_gateway.doors.openai.items import parse_response_id, text_part
+from ownware_gateway.doors.openai.tools import Place, call_id
 
 #: Brings the bytes of a message's file, by the number of its event and its own.
 Files = Mapping[tuple[int, int], bytes]
@@ -33,6 +34,8 @@ def input_items(name: str, events: Sequence[Mapping[str, Any]], files: Files) ->
                 arguments[event["toolCallId"]] = event["delta"]
             case "tool.call.end":
                 items += _given_call(event, arguments.get(event["toolCallId"], ""), name)
+            case "client.result":
+                items += _results(event, name)
             case "permission.response":
                 item = {
                     "id": f"mcpa_{name}_in{event['seq']}",
@@ -49,6 +52,22 @@ def input_items(name: str, events: Sequence[Mapping[str, Any]], files: Files) ->
             case _:
                 pass  # What else happened is no input.
     return items
+
+
+def _results(event: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
+    """Return what a client's tools have returned."""
+    parsed = parse_response_id(f"resp_{name}")
+    assert parsed is not None
+    return [
+        {
+            "id": f"fco_{name}_in{event['seq']}_{number}",
+            "type": "function_call_output",
+            "call_id": call_id(Place(parsed[0], event["turnIndex"], number)),
+            "output": item["result"],
+            "status": "completed",
+        }
+        for number, item in enumerate(event["results"] or ())
+    ]
 
 
 def _given_call(event: Mapping[str, Any], arguments: str, name: str) -> list[dict[str, Any]]:

@@ -38,10 +38,17 @@ from ownware_gateway.doors.openai.chunks import (
     question,
 )
 from ownware_gateway.doors.openai.errors import Failed, Wrong, refuse
-from ownware_gateway.doors.openai.readers import Readers, Reading
+from ownware_gateway.doors.openai.readers import Readers, Reading, asked_for
+from ownware_gateway.doors.openai.tools import digest, place_of, results_for
 from ownware_gateway.engine import Begun, Started, StartRun, options_of
 from ownware_gateway.errors import GatewayError
-from ownware_gateway.events import ANSWERING, Asks, QuestionRequest
+from ownware_gateway.events import (
+    ANSWERING,
+    CalledTool,
+    ClientCall,
+    PermissionRequest,
+    QuestionRequest,
+)
 from ownware_gateway.line import Line
 from ownware_gateway.log import Chunk, Gone, IdempotencyKey, Permission, Run, Thread
 from ownware_gateway.models import AssistantTurn, File, Options
@@ -68,6 +75,10 @@ APPROVE: Final = "/approve"
 DENY: Final = "/deny"
 SUPERSEDED: Final = "superseded by the person's next message"
 
+_NOT_WAITED_FOR: Final = (
+    "The conversation does not wait for these results any more; go on with a user's message."
+)
+
 #: Names of tokens that are one person's: the operator's, whether the token is asked for or not.
 _OPERATORS: Final = frozenset({"local", "token"})
 
@@ -87,13 +98,15 @@ _LEAVING: Final = Wrong(
 class Ask(NamedTuple):
     """A request for a completion, understood.
 
-    `name` is what the client calls its conversation, `thread_id` the thread where that is.
+    `caller` is whose it is, `name` what the client calls its conversation, `thread_id` the thread
+    where that is.
     """
 
     agent: Agent
     said: Conversation
     options: Options
     fingerprint: str
+    caller: str
     name: str | None = None
     thread_id: str | None = None
     key: IdempotencyKey | None = None
@@ -171,10 +184,11 @@ class Handlers(Agents):
         there = functools.partial(self._streamer.while_there, request)
         said = await there(conversation(body.messages, self._fetch))
         name = conversation_name(request)
-        helper = self._parts.helper_prompts and said.prompt.text.lstrip().startswith(HELPER)
-        ask = Ask(agent, said, body.options(), fingerprint_of(request, raw, name), name)
+        helper = self._parts.helper_prompts and _is_helper(said)
+        fingerprint = fingerprint_of(request, raw, name)
+        ask = Ask(agent, said, body.options(), fingerprint, owner_of(request), name)
         usage = body.stream_options is not None and bool(body.stream_options.include_usage)
-        ask = _with_door(ask, include_usage=usage, helper=helper)
+        ask = with_door(ask, include_usage=usage, helper=helper)
         told = await (self._help(ask) if helper else self._begin(request, ask))
         self._readers.note(ask.fingerprint, told.reading)
         headers = {} if name is None or helper else {"X-Conversation-Id": name}
@@ -215,6 +229,11 @@ class Handlers(Agents):
         asked = facts.open_question()
         if asked is None:
             raise GatewayError("nothing_pending", "The run has no question to answer now.")
+        if isinstance(asked, ClientCall):
+            raise GatewayError(
+                "nothing_pending",
+                "The run waits for results of its client's tools, which come as tool messages.",
+            )
         decision = _decision(asked, decisions)
         reading = await self._decide(run.thread_id, run.id, asked.request_id, decision)
         stream = request.query.get("stream") == "true"
@@ -231,7 +250,8 @@ class Handlers(Agents):
         agent = Agent(self._profiles.get(PLAIN), model or None, model or PLAIN)
         messages = [{"role": "user", "content": body.prompt}]
         said = await conversation(messages, self._fetch)
-        ask = _with_door(Ask(agent, said, Options(), fingerprint_of(request, raw, None)))
+        fingerprint = fingerprint_of(request, raw, None)
+        ask = with_door(Ask(agent, said, Options(), fingerprint, owner_of(request)))
         told = await self._begin(request, ask)
         self._readers.note(ask.fingerprint, told.reading)
         run, shape = await self._known(told)
@@ -249,7 +269,7 @@ class Handlers(Agents):
             profile_id=ask.agent.profile.name,
             prompt=prompt.text,
             model=ask.agent.profile.small_fast_model or ask.agent.model,
-            options=ask.options._replace(instructions=ask.said.instructions, bare=True),
+            options=_with_instructions(ask)._replace(bare=True, client_tools=(), tool_choice=None),
             hidden=True,
         )
         return told_of(await self._engine.start(wanted), ask)
@@ -261,7 +281,7 @@ class Handlers(Agents):
             return Told(joined)
         if ask.name is None:
             return await self._begin_once(ask)
-        thread_id, thread = await self._thread_of(request[CALLER], ask.name)
+        thread_id, thread = await self._thread_of(ask.caller, ask.name)
         return await self._begin_in(request, ask._replace(thread_id=thread_id), thread)
 
     async def _joined(self, request: web.Request, ask: Ask) -> tuple[Ask, Reading | None]:
@@ -275,8 +295,8 @@ class Handlers(Agents):
             return ask, None
         if (found := await self._readers.find(ask.fingerprint)) is not None:
             return ask, found
-        if key is None:
-            return ask, None
+        if (found := await self._resent(ask, ended=key is not None)) is not None or key is None:
+            return ask, found
         if not 1 <= len(key) <= NAME_CHARS_MAX or not key.isprintable():
             raise GatewayError(
                 "idempotency_key_invalid",
@@ -296,6 +316,16 @@ class Handlers(Agents):
             "This Idempotency-Key was used for another request; take a new one.",
         )
 
+    async def _resent(self, ask: Ask, *, ended: bool) -> Reading | None:
+        """Return the completion that the same results of tools have led to, if they came before."""
+        run = await self._calling(ask)
+        if run is None or (run.terminal and not (ended and run.status == "succeeded")):
+            return None
+        for reading, door in await asked_for(self._log, run):
+            if door["fingerprint"] == ask.fingerprint:
+                return reading
+        return None
+
     async def _begin_once(self, ask: Ask) -> Told:
         """Start a run on a thread of its own, which begins with what the client brings along."""
         run_id = _asked_by(ask)
@@ -306,6 +336,8 @@ class Handlers(Agents):
                 return Told(answered)
             if run is not None and pending and await self._is_seen(run, ask):
                 await self._supersede(run)
+        if (handed_in := await self._hand_in_once(ask)) is not None:
+            return Told(handed_in)
         return told_of(await self._engine.start(self._start_of(ask, hidden=True)), ask)
 
     async def _begin_in(
@@ -318,7 +350,12 @@ class Handlers(Agents):
         pending = await self._pending(active)
         if (answered := await self._answered(active, pending, ask)) is not None:
             return Told(answered)
-        superseded = active_id if pending else None
+        handed_in = await self._hand_in_there(active, pending, ask)
+        if handed_in is not None and ask.said.answered:
+            return Told(handed_in)
+        if thread is not None and ask.said.answered:
+            raise GatewayError("nothing_pending", _NOT_WAITED_FOR)
+        superseded = active_id if pending and handed_in is None else None
 
         async def busy(run_id: str) -> None:
             # A question that comes up while a request waits is not what its message is about.
@@ -333,6 +370,8 @@ class Handlers(Agents):
         try:
             return await self._engine.start(self._start_of(ask, known=known))
         except Begun:
+            if ask.said.answered:
+                raise GatewayError("nothing_pending", _NOT_WAITED_FOR) from None
             return await self._engine.start(self._start_of(ask, known=True))
 
     def _start_of(self, ask: Ask, *, known: bool = False, hidden: bool = False) -> StartRun:
@@ -345,11 +384,83 @@ class Handlers(Agents):
             thread_id=ask.thread_id,
             files=prompt.files,
             key=ask.key,
-            options=ask.options._replace(instructions=ask.said.instructions),
+            options=_with_instructions(ask),
             history=() if known else ask.said.history,
+            answered=() if known else ask.said.answered,
             begins=ask.thread_id is not None and not known,
             hidden=hidden,
         )
+
+    # -- results of clients' tools
+
+    async def _calling(self, ask: Ask) -> Run | None:
+        """Return the run that has made the last calls among the messages, if it was this client's.
+
+        What led to them must be what the client says now: it may have changed its mind since.
+        """
+        calls = ask.said.last_calls
+        place = place_of(calls.tool_calls[0].id) if calls is not None else None
+        run = await self._log.run(place.run_id) if place is not None else None
+        if run is None or place is None:
+            return None
+        door = (await options_of(self._log, run)).door or {}
+        if door.get("caller") != ask.caller or door.get("model") != ask.agent.shown:
+            return None
+        if ask.name is None and ask.thread_id is None:
+            count, what = door.get("said", (0, None))
+            if digest(ask.said.turns[:count]) != what:
+                return None
+        return run
+
+    async def _hand_in_once(self, ask: Ask) -> Reading | None:
+        """Take results for the run that waits for them; None when there is none.
+
+        One that waits for them still, and gets something else, ends.
+        """
+        run = await self._calling(ask)
+        pending = await self._pending(run)
+        if run is None or not pending or pending[0].kind != "client":
+            return None
+        if not ask.said.answered:
+            await self._supersede(run)
+            return None
+        try:
+            return await self._hand_in(run, pending[0], ask)
+        except GatewayError as error:
+            if error.code != "permission_already_decided":
+                raise
+            return None
+
+    async def _hand_in_there(
+        self, run: Run | None, pending: Sequence[Permission], ask: Ask
+    ) -> Reading | None:
+        """Take results for the run that is under way in a conversation; None if none are meant."""
+        if run is None or not ask.said.results or not pending or pending[0].kind != "client":
+            return None
+        calling = await self._calling(ask)
+        if calling is None or calling.id != run.id:
+            place = place_of(ask.said.results[0].tool_call_id)
+            if place is None or place.run_id != run.id:
+                return None
+            raise refuse(
+                "model", "The calls were made for another model; send their results to that one."
+            )
+        return await self._hand_in(run, pending[0], ask)
+
+    async def _hand_in(self, run: Run, asked: Permission, ask: Ask) -> Reading | None:
+        places = [place_of(result.tool_call_id) for result in ask.said.results]
+        if any(place is None or place[:2] != (run.id, asked.turn_index) for place in places):
+            return None
+        calls = [CalledTool.model_validate(call) for call in (asked.question or {})["calls"]]
+        results = results_for(calls, ask.said.results)
+        if results is None:
+            return None
+        before = (await options_of(self._log, run)).door or {}
+        kept = {name: before[name] for name in ("said", "brought") if name in before}
+        options = _with_instructions(ask)
+        options = options._replace(door={**(options.door or {}), **kept})
+        await self._engine.hand_in(asked, results, options)
+        return await self._behind(run.id, asked.request_id)
 
     # -- people's answers
 
@@ -360,6 +471,8 @@ class Handlers(Agents):
 
         To a question in words every text is one.
         """
+        if ask.said.answered or (pending and pending[0].kind == "client"):
+            return None
         text = ask.said.tail[-1].text.strip()
         in_words = bool(pending) and pending[0].kind == "question"
         if text not in (APPROVE, DENY) and not (in_words and text):
@@ -389,6 +502,8 @@ class Handlers(Agents):
         last = ask.said.history[-1]
         (facts,) = await load(self._log, run.stream, after=run.start_seq, files=False)
         asked = facts.open_question()
+        if isinstance(asked, ClientCall):
+            return False
         _, shape = await self._known(Told(Reading(run.id), run))
         return asked is not None and last.text.endswith(question(shape, asked.model_dump()))
 
@@ -401,6 +516,10 @@ class Handlers(Agents):
     ) -> Reading:
         """Answer a question; return the completion that follows it."""
         await self._engine.approvals.decide(thread_id, request_id, decision)
+        return await self._behind(run_id, request_id)
+
+    async def _behind(self, run_id: str, request_id: str) -> Reading:
+        """Return the completion that follows an answer."""
         run, _ = await self._known(Told(Reading(run_id)))
         after = run.start_seq
         while records := await self._log.read(run.stream, after, deltas=False):
@@ -473,7 +592,7 @@ class Handlers(Agents):
         return thread is not None and thread.hidden
 
     async def _read(self, whole: Taking, run: Run, after: int) -> None:
-        async with aclosing(self._chunks(run, after)) as chunks:
+        async with aclosing(self._chunks(run, after, whole.answer)) as chunks:
             async for chunk in chunks:
                 for sent in sse.split(chunk.data if chunk is not None else b""):
                     whole.take(sent)
@@ -483,7 +602,7 @@ class Handlers(Agents):
     async def _pieces(self, frames: Framing, run: Run, after: int) -> AsyncGenerator[bytes, None]:
         """Yield what goes to the client, up to the end."""
         try:
-            async with aclosing(self._chunks(run, after)) as chunks:
+            async with aclosing(self._chunks(run, after, frames.answer)) as chunks:
                 async for chunk in chunks:
                     if chunk is None:
                         yield sse.KEEP_ALIVE
@@ -495,13 +614,16 @@ class Handlers(Agents):
             yield frames.failure(failed.wrong)
         yield DONE
 
-    async def _chunks(self, run: Run, after: int) -> AsyncGenerator[Chunk | None, None]:
+    async def _chunks(
+        self, run: Run, after: int, answer: Answer
+    ) -> AsyncGenerator[Chunk | None, None]:
         """Yield the log's chunks, None after a silence; raises Failed where they end too early."""
         try:
             async with aclosing(self._streamer.follow(run.stream, after)) as following:
                 async for item in following:
                     match item:
                         case Chunk():
+                            await self._bring_arguments(run, item, answer)
                             yield item
                             after = item.last_seq
                         case Silence():
@@ -517,13 +639,26 @@ class Handlers(Agents):
             raise Failed(_GONE, run.id) from None
         raise Failed(_LEAVING, run.id)
 
+    async def _bring_arguments(self, run: Run, chunk: Chunk, answer: Answer) -> None:
+        """Give an answer what the model wrote for the client; raises Failed if it is not kept."""
+        if b"\nevent: client.call\n" not in chunk.data:
+            return
+        for sent in sse.split(chunk.data):
+            if sent.type == b"client.call":
+                asked = json.loads(sent.data)
+                exact = await self._log.private_at(run.stream, asked["seq"], "calls")
+                if exact is None:
+                    raise Failed(_GONE, run.id)
+                answer.exact[asked["requestId"]] = json.loads(exact)
+
     async def _known(self, told: Told) -> tuple[Run, Shape]:
         """Return a completion's run, and how it is told. Raises GatewayError `run_not_found`."""
         reading, run, options = told
         run = run or await self._log.run(reading.run_id)
         if run is None:
             raise GatewayError("run_not_found", "There is no such run.")
-        door = (options or await options_of(self._log, run)).door or {}
+        seq = run.start_seq if reading.after is None else reading.after
+        door = (options or await options_of(self._log, run, to=seq + 1)).door or {}
         return run, Shape(
             id=completion_id(run.id, reading.after),
             run_id=run.id,
@@ -532,6 +667,7 @@ class Handlers(Agents):
             include_usage=door.get("include_usage", False),
             json=door.get("json", False),
             has_tools=door.get("has_tools", True),
+            brought=door.get("brought", 0),
         )
 
     # -- conversations and files
@@ -542,9 +678,8 @@ class Handlers(Agents):
         Nobody can find another caller's by its name, and a name whose thread was deleted gets
         another one.
         """
-        owner = "operator" if caller in _OPERATORS else caller
         for number in range(DELETIONS_MAX):
-            text = f"{owner}\0{name}\0{number}".encode("utf-8", "surrogatepass")
+            text = f"{caller}\0{name}\0{number}".encode("utf-8", "surrogatepass")
             thread_id = f"conversation_{hmac.digest(self._log.secret, text, 'sha256').hex()[:24]}"
             thread = await self._log.thread(thread_id)
             if thread is not None or await self._log.tombstone(thread_id) is None:
@@ -593,7 +728,7 @@ def _asked_by(ask: Ask) -> str | None:
     return found[1] if found is not None else None
 
 
-def _decision(asked: Asks, decisions: Mapping[str, Any]) -> Decision:
+def _decision(asked: PermissionRequest | QuestionRequest, decisions: Mapping[str, Any]) -> Decision:
     """Return what a body says to what is asked; raises GatewayError."""
     names = (asked.tool_call_id, asked.request_id)
     given = [decisions[name] for name in names if name in decisions]
@@ -611,19 +746,39 @@ def _decision(asked: Asks, decisions: Mapping[str, Any]) -> Decision:
     )
 
 
-def _with_door(ask: Ask, *, include_usage: bool = False, helper: bool = False) -> Ask:
+def with_door(ask: Ask, *, helper: bool = False, **more: Any) -> Ask:
     """Return the request with what is to be found again when its answer is told once more."""
     door = {
+        **more,
         "model": ask.agent.shown,
-        "include_usage": include_usage,
         "json": ask.options.response_format is not None,
-        "has_tools": has_tools(ask.agent.profile) and not helper,
+        "has_tools": (bool(ask.options.client_tools) or _has_tools(ask.agent.profile))
+        and not helper,
         "fingerprint": ask.fingerprint,
+        "caller": ask.caller,
+        "brought": sum(isinstance(turn, AssistantTurn) for turn in ask.said.answered),
     }
+    if ask.options.client_tools and ask.name is None and ask.thread_id is None:
+        # By which the request with the results is recognised where nothing else names the run.
+        door["said"] = [len(ask.said.turns), digest(ask.said.turns)]
     return ask._replace(options=ask.options._replace(door=door))
 
 
-def has_tools(profile: Profile) -> bool:
+def _with_instructions(ask: Ask) -> Options:
+    return ask.options._replace(instructions=ask.said.instructions)
+
+
+def _is_helper(said: Conversation) -> bool:
+    return not said.answered and said.prompt.text.lstrip().startswith(HELPER)
+
+
+def owner_of(request: web.Request) -> str:
+    """Return whose a request is; the names of the operator's token are one."""
+    caller: str = request[CALLER]
+    return "operator" if caller in _OPERATORS else caller
+
+
+def _has_tools(profile: Profile) -> bool:
     """Whether an agent has any."""
     tools = profile.tools
     own = (tools.allow, tools.mcp, tools.services, profile.functions, profile.brings)

@@ -8,7 +8,7 @@ The shapes are https://platform.openai.com/docs/api-reference/responses.
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 from ownware_gateway.doors.openai.chunks import (
@@ -16,6 +16,7 @@ from ownware_gateway.doors.openai.chunks import (
     Broke,
     Cut,
     Ended,
+    HandedOver,
     Part,
     Paused,
     Said,
@@ -91,13 +92,14 @@ def parse_response_id(text: str) -> tuple[str, int | None] | None:
 class Before(NamedTuple):
     """What the earlier responses of a run leave for the next one.
 
-    `previous` is the last of them. Of calls that wait, by their ids: the arguments, and the id of
-    what was asked about them.
+    `previous` is the last of them. Of calls that wait, by their ids: the arguments, the id of what
+    was asked about them, and which are the client's to make.
     """
 
     previous: str | None = None
     arguments: Mapping[str, str] = {}
     asked: Mapping[str, str] = {}
+    by_client: frozenset[str] = frozenset()
 
 
 def before(run_id: str, events: Iterable[Mapping[str, Any]]) -> Before:
@@ -105,17 +107,21 @@ def before(run_id: str, events: Iterable[Mapping[str, Any]]) -> Before:
     first: int | None = None
     arguments: dict[str, str] = {}
     asked: dict[str, str] = {}
+    by_client: set[str] = set()
     is_paused = False
     for event in events:
         match event["type"]:
             case "tool.call.args_delta":
                 arguments[event["toolCallId"]] = event["delta"]
             case kind if kind in ASKING:
-                asked[event["toolCallId"]] = event["requestId"]
                 is_paused = True
+                if kind == "client.call":
+                    by_client.update(call["toolCallId"] for call in event["calls"])
+                else:
+                    asked[event["toolCallId"]] = event["requestId"]
             case kind if kind in ANSWERING and is_paused:
                 first, is_paused = event["seq"] - 1, False
-    return Before(response_id(run_id, first), arguments, asked)
+    return Before(response_id(run_id, first), arguments, asked, frozenset(by_client))
 
 
 class ResponseShape(NamedTuple):
@@ -131,12 +137,15 @@ class ResponseShape(NamedTuple):
     echo: Mapping[str, Any] = {}
     json: bool = False
     has_tools: bool = False
+    brought: int = 0
     before: Before = Before()
 
     @property
     def chunks(self) -> Shape:
         """The same for what completions and responses have in common."""
-        return Shape(self.id, self.run_id, self.model, self.created, json=self.json)
+        return Shape(
+            self.id, self.run_id, self.model, self.created, json=self.json, brought=self.brought
+        )
 
 
 class Items:
@@ -146,7 +155,7 @@ class Items:
     """
 
     def __init__(self, shape: ResponseShape) -> None:
-        self.answer = Answer(as_json=shape.json, holds=shape.has_tools)
+        self.answer = Answer(shape.chunks, holds=shape.has_tools)
         self.wrong: Wrong | None = None
         self.status = "queued" if shape.echo.get("background") else "in_progress"
         self.output: list[dict[str, Any]] = []
@@ -176,7 +185,9 @@ class Items:
         cut = kind == "recovery" and event.get("supersedes") is not None
         for part in (Cut(),) if cut else self.answer.take(kind, event):
             yield from self._part(part, event)
-        if (more := _BESIDE.get(kind)) is not None:
+        more = _BESIDE.get(kind)
+        # What the client has brought along is no output.
+        if more is not None and event.get("turnIndex", 0) >= self._shape.brought:
             yield from more(self, event)
 
     def response(self) -> dict[str, Any]:
@@ -227,6 +238,8 @@ class Items:
                 yield from self._close_all(drop=True)
             case Paused(asked):
                 yield from self._pause(asked)
+            case HandedOver(calls):
+                yield from self._hand_over(calls)
             case Ended():
                 yield from self._end(part, event)
             case Broke(wrong):
@@ -336,6 +349,8 @@ class Items:
         self.output[index] = {**self.output[index], "arguments": arguments}
 
     def _called(self, event: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+        if event["toolCallId"] in self._shape.before.by_client:
+            return
         yield from self._call(event)
         index = self._calls.pop(event["toolCallId"])
         if event["isError"]:
@@ -348,6 +363,27 @@ class Items:
             more = {"status": "completed", "output": event["result"]}
         yield {"type": f"response.mcp_call.{more['status']}", **self._place(index)}
         yield self._close(index, more)
+
+    def _hand_over(self, calls: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+        """Tell of calls that the client is to make: they are whole, so each is told at once."""
+        yield from self._close_all()
+        for call in calls:
+            index, function = len(self.output), call["function"]
+            item = {
+                "type": "function_call",
+                "call_id": call["id"],
+                "name": function["name"],
+                "arguments": "",
+                "status": "in_progress",
+            }
+            yield self._add(item, "fc")
+            at, arguments = self._place(index), function["arguments"]
+            kind = "response.function_call_arguments"
+            yield {"type": f"{kind}.delta", **at, "delta": arguments}
+            yield {"type": f"{kind}.done", **at, "arguments": arguments}
+            yield self._close(index, {"arguments": arguments, "status": "completed"})
+        self.status = "completed"
+        yield self._whole("response.completed")
 
     # -- ends
 

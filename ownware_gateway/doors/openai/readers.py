@@ -6,10 +6,11 @@ Kept in memory. After a restart a retry is recognised by what the run keeps of i
 import asyncio
 import contextlib
 from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
-from ownware_gateway.engine import Engine, options_of
+from ownware_gateway.engine import Engine, all_options
 from ownware_gateway.errors import GatewayError
 from ownware_gateway.log import Log, Run
 from ownware_gateway.stream import Streamer
@@ -32,6 +33,15 @@ class Reading(NamedTuple):
 
     run_id: str
     after: int | None = None
+
+
+async def asked_for(log: Log, run: Run) -> list[tuple[Reading, Mapping[str, Any]]]:
+    """Return the completions of a run that requests of this door have led to, with what it kept."""
+    return [
+        (Reading(run.id, None if seq == run.start_seq + 1 else seq - 1), options.door)
+        for seq, options in await all_options(log, run)
+        if options.door is not None and "fingerprint" in options.door
+    ]
 
 
 @dataclass(slots=True)
@@ -89,9 +99,8 @@ class Readers:
             if self._recalled:
                 return
             for run in (await self._log.unfinished())[-RECALLED_MAX:]:
-                door = (await options_of(self._log, run)).door
-                if door is not None and "fingerprint" in door:
-                    self.note(door["fingerprint"], Reading(run.id))
+                for reading, door in await asked_for(self._log, run):
+                    self.note(door["fingerprint"], reading)
             self._recalled = True
 
     def enter(self, run: Run) -> None:

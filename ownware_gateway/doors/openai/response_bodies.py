@@ -1,7 +1,8 @@
 """What comes in for a response: its fields, and its items as the messages of a conversation."""
 
+import contextlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Final, Literal, NamedTuple
 
 from pydantic import Field
@@ -20,6 +21,7 @@ from ownware_gateway.doors.openai.bodies import (
     without_neutral,
 )
 from ownware_gateway.doors.openai.errors import refuse
+from ownware_gateway.doors.openai.tools import nested, read_choice, read_tools
 from ownware_gateway.errors import GatewayError
 from ownware_gateway.models import Options, UserTurn
 
@@ -33,8 +35,7 @@ _NEUTRAL: Final[Mapping[str, Sequence[Any]]] = {
     **{
         name: NEUTRAL[name]
         for name in (
-            *("tools", "tool_choice", "parallel_tool_calls", "service_tier", "top_logprobs"),
-            *("prompt_cache_key", "prompt_cache_retention"),
+            *("service_tier", "top_logprobs", "prompt_cache_key", "prompt_cache_retention"),
         )
     },
     "include": ([],),
@@ -92,6 +93,9 @@ class ResponseBody(Body):
     metadata: (
         dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]] | None
     ) = Field(default=None, max_length=16)
+    tools: list[dict[str, Any]] = Field(default_factory=list)
+    tool_choice: Literal["auto", "none", "required"] | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
 
     @property
     def name(self) -> str | None:
@@ -99,8 +103,16 @@ class ResponseBody(Body):
         return self.conversation.id if isinstance(self.conversation, Named) else self.conversation
 
     def options(self) -> Options:
-        """Return what is asked of the run; raises GatewayError for a format that is none."""
+        """Return what is asked of the run; raises GatewayError for a format or tools that are none.
+
+        A choice of no tool takes the client's away, and leaves the agent its own.
+        """
         effort = self.reasoning.effort if self.reasoning is not None else None
+        with _named_flat():
+            tools = read_tools([nested(item) for item in self.tools])
+            choice = read_choice(nested(self.tool_choice), tools)
+        if self.tool_choice == "none":
+            tools = ()
         return Options(
             temperature=self.temperature,
             top_p=self.top_p,
@@ -109,6 +121,9 @@ class ResponseBody(Body):
             thinking=EFFORTS[effort] if effort is not None else None,
             user=self.user or self.safety_identifier,
             metadata=self.metadata,
+            client_tools=tools,
+            tool_choice=choice,
+            parallel_tool_calls=self.parallel_tool_calls if tools else None,
         )
 
     def echo(self, raw: Mapping[str, Any], name: str | None) -> dict[str, Any]:
@@ -126,6 +141,7 @@ class ResponseBody(Body):
             "store": None if self.store else False,
             "temperature": self.temperature,
             "text": _told_format(self.text),
+            "tools": [_told_tool(item) for item in self.tools] or None,
             "top_p": self.top_p,
             "user": self.user,
         }
@@ -194,16 +210,48 @@ def _told_format(text: Text | None) -> dict[str, Any] | None:
     return {"format": {"strict": False, "description": None, **text.format}}
 
 
-async def read_input(body: ResponseBody, fetch: Fetch) -> Conversation | Approval:
-    """Return what was said, files fetched, or the answer to a question. Raises GatewayError."""
+def _told_tool(item: Mapping[str, Any]) -> dict[str, Any]:
+    return {"description": None, "parameters": None, "strict": False, **item}
+
+
+@contextlib.contextmanager
+def _named_flat() -> Iterator[None]:
+    """Have what is wrong with a tool named as a response has it."""
+    try:
+        yield
+    except GatewayError as error:
+        error.message = error.message.replace(".function", "")
+        raise
+
+
+def bare_results(body: ResponseBody) -> list[str]:
+    """Return the calls of which the input has the result and not the call."""
+    items = [] if isinstance(body.input, str) else body.input
+    called = {item.get("call_id") for item in items if item.get("type") == "function_call"}
+    results = [item for item in items if item.get("type") == "function_call_output"]
+    names = [item.get("call_id") for item in results]
+    return [name for name in names if isinstance(name, str) and name not in called]
+
+
+async def read_input(
+    body: ResponseBody, fetch: Fetch, called: Sequence[Mapping[str, Any]] = ()
+) -> Conversation | Approval:
+    """Return what was said, files fetched, or the answer to a question. Raises GatewayError.
+
+    `called` are items that come before the input: calls that it has only the results of.
+    """
     given = body.input
     items = [{"role": "user", "content": given}] if isinstance(given, str) else given
     if (approval := _approval(items)) is not None:
         return approval
     messages: list[dict[str, Any]] = []
     places: list[int] = []
-    for index, item in enumerate(items):
+    for index, item in enumerate([*called, *items], -len(called)):
         made = _messages(item, f"input.{index}")
+        if item.get("type") == "function_call" and _is_answer(messages):
+            # What a model said and the calls that it wanted then are one answer.
+            messages[-1].setdefault("tool_calls", []).extend(made[0]["tool_calls"])
+            continue
         messages += made
         places += [index] * len(made)
     if not messages:
@@ -219,12 +267,17 @@ async def read_input(body: ResponseBody, fetch: Fetch) -> Conversation | Approva
     return said._replace(instructions=instructions)
 
 
+def _is_answer(messages: Sequence[Mapping[str, Any]]) -> bool:
+    return bool(messages) and messages[-1]["role"] == "assistant"
+
+
 def _of_input(message: str, places: Sequence[int]) -> str:
     """Return a sentence about messages as one about the items that they were."""
     message = _PLACE.sub(lambda found: f"input.{places[int(found[1])]}", message)
     for theirs, ours in (
         (".image_url.url", ".image_url"),
         (".file.file_data", ".file_data"),
+        (".tool_call_id", ".call_id"),
         ("The last message", "The last item of 'input'"),
         ("The messages", "The items of 'input'"),
         ("of type text, image_url, input_audio or file", "of type input_text, input_image, …"),
@@ -328,8 +381,11 @@ def _part(part: Any, where: str) -> dict[str, Any]:
 
 
 def only_new(said: Conversation) -> Conversation:
-    """Return what is said in a conversation that the gateway has; raises GatewayError."""
-    if said.history:
+    """Return what is said in a conversation that the gateway has; raises GatewayError.
+
+    Results of the last calls may come before it.
+    """
+    if said.history and [*said.history] != [said.last_calls, *said.results]:
         raise refuse(
             "input",
             "Where a response goes on with a conversation, 'input' is what the user says now; the "

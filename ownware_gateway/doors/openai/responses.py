@@ -7,7 +7,7 @@ for completions; `items` tells it.
 import asyncio
 import contextlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Final
 
@@ -27,8 +27,9 @@ from ownware_gateway.doors.openai.handlers import (
     conversation_name,
     dumps,
     fingerprint_of,
-    has_tools,
+    owner_of,
     told_of,
+    with_door,
 )
 from ownware_gateway.doors.openai.items import (
     Before,
@@ -44,10 +45,12 @@ from ownware_gateway.doors.openai.response_bodies import (
     PAGE_MAX,
     Approval,
     ResponseBody,
+    bare_results,
     only_new,
     parse_response,
     read_input,
 )
+from ownware_gateway.doors.openai.tools import Place, call_id
 from ownware_gateway.engine import Started, options_of
 from ownware_gateway.errors import GatewayError
 from ownware_gateway.events import ASKING
@@ -57,6 +60,8 @@ from ownware_gateway.log import Gone, Refused, Run, Stream
 CANCEL_S: Final = 10.0
 
 PAGE: Final = 20
+
+_NOTHING: Final = Conversation("", (), ())
 
 #: What the options of a run call their names, where a response calls them otherwise.
 _NAMES: Final = {
@@ -74,27 +79,23 @@ class Responses(Handlers):
         raw = await read_json(request)
         body = parse_response(raw)
         agent = self._agent(None, body.model or await self._model_before(body))
-        given = await self._streamer.while_there(request, read_input(body, self._fetch))
         name = body.name
         if name is None and body.previous_response_id is None and body.store:
             name = conversation_name(request)
-        options = body.options()
-        door = {
-            "model": agent.shown,
-            "json": options.response_format is not None,
-            "has_tools": has_tools(agent.profile),
-            "fingerprint": (fingerprint := fingerprint_of(request, raw, name)),
-            "response": body.echo(raw, name),
-        }
-        said = given if isinstance(given, Conversation) else Conversation("", (), ())
         ask = Ask(
             agent,
-            said,
-            options._replace(door=door),
-            fingerprint,
+            _NOTHING,
+            body.options(),
+            fingerprint_of(request, raw, name),
+            owner_of(request),
             name,
+            await self._thread_behind(body.previous_response_id),
             route="POST /v1/responses",
         )
+        called = await self._called(ask, body)
+        given = await self._streamer.while_there(request, read_input(body, self._fetch, called))
+        said = given if isinstance(given, Conversation) else _NOTHING
+        ask = with_door(ask._replace(said=said), response=body.echo(raw, name))
         with _named_here():
             told = await self._answer(request, ask, body, given)
         self._readers.note(ask.fingerprint, told.reading)
@@ -108,6 +109,34 @@ class Responses(Handlers):
         run, _ = await self._found(body.previous_response_id, "previous_response_id")
         door = (await options_of(self._log, run)).door or {}
         return str(door.get("model", run.profile_id))
+
+    async def _thread_behind(self, previous: str | None) -> str | None:
+        """Return the thread that a response has, if one is named; raises GatewayError."""
+        if previous is None:
+            return None
+        run, _ = await self._found(previous, "previous_response_id")
+        return run.thread_id
+
+    async def _called(self, ask: Ask, body: ResponseBody) -> Sequence[Mapping[str, Any]]:
+        """Return the calls of which the input has but the results, as items.
+
+        They are those that wait in the thread that the request goes on in, if these are meant.
+        """
+        if not (names := bare_results(body)):
+            return ()
+        thread_id = ask.thread_id
+        if ask.name is not None:
+            thread_id, _ = await self._thread_of(ask.caller, ask.name)
+        if thread_id is None:
+            return ()  # To be refused by its place: the input has no such call.
+        waiting = [
+            call_id(Place(asked.run_id, asked.turn_index, number))
+            for asked in await self._log.pending(thread_id=thread_id)
+            if asked.kind == "client"
+            for number in range(len((asked.question or {})["calls"]))
+        ]
+        meant = waiting if set(names) <= set(waiting) else dict.fromkeys(names)
+        return [_bare_call(name) for name in meant]
 
     async def _answer(
         self,
@@ -125,10 +154,11 @@ class Responses(Handlers):
         if body.previous_response_id is not None:
             return await self._go_on(request, ask, body.previous_response_id)
         if ask.name is None:
-            return told_of(
-                await self._engine.start(self._start_of(ask, hidden=not body.store)), ask
-            )
-        thread_id, thread = await self._thread_of(request[CALLER], ask.name)
+            if (handed_in := await self._hand_in_once(ask)) is not None:
+                return Told(handed_in)
+            start = self._start_of(ask, hidden=not body.store)
+            return told_of(await self._engine.start(start), ask)
+        thread_id, thread = await self._thread_of(ask.caller, ask.name)
         if thread is not None:
             ask = ask._replace(said=only_new(ask.said))
         return await self._begin_in(request, ask._replace(thread_id=thread_id), thread)
@@ -156,7 +186,6 @@ class Responses(Handlers):
         thread = await self._log.thread(run.thread_id)
         if thread is None or thread.hidden:
             raise _no_response("previous_response_id", previous)
-        ask = ask._replace(thread_id=run.thread_id)
 
         async def attempt() -> Started:
             return await self._start_behind(ask, run.id)
@@ -165,7 +194,8 @@ class Responses(Handlers):
             if asked != await self._asked_after(run, after):
                 raise GatewayError(
                     "permission_operation_mismatch",
-                    "The run has asked something else since then; see GET /api/v1/approvals.",
+                    "The run waits for an answer to something else that it has asked since then; "
+                    f"GET /api/v1/runs/{run.id} shows what.",
                 )
         elif run.terminal:
             thread = thread._replace(active_run_id=None)
@@ -305,11 +335,17 @@ class Responses(Handlers):
         name = wanted.removeprefix("resp_")
         if after != run.start_seq:
             return input_items(name, (await self._events(run, after, after + 1)), {})
-        begins = run.start_seq
+        begins, first = run.start_seq, run.start_seq + 1
+        brought = ((await options_of(self._log, run, to=first)).door or {}).get("brought", 0)
         thread = await self._log.thread(run.thread_id)
         if thread is not None and thread.forked_from is None and thread.history_to == begins:
             begins = 0  # What the client has brought along.
-        events = await self._events(run, begins, run.start_seq + 1)
+        events = await self._events(run, begins, None if brought else first)
+        events = [
+            event
+            for event in events
+            if event["seq"] <= first or event.get("turnIndex", brought) < brought
+        ]
         files: dict[tuple[int, int], bytes] = {}
         for event in events:
             for index in range(len(event.get("attachments") or ())):
@@ -336,7 +372,8 @@ class Responses(Handlers):
         run = run or await self._log.run(reading.run_id)
         if run is None:
             raise GatewayError("run_not_found", "There is no such run.")
-        door = (options or await options_of(self._log, run)).door or {}
+        after = run.start_seq if reading.after is None else reading.after
+        door = (options or await options_of(self._log, run, to=after + 1)).door or {}
         echo = dict(door.get("response", {}))
         earlier = Before()
         if reading.after is not None:
@@ -351,15 +388,17 @@ class Responses(Handlers):
             echo=echo,
             json=door.get("json", False),
             has_tools=door.get("has_tools", True),
+            brought=door.get("brought", 0),
             before=earlier,
         )
-        return run, shape, run.start_seq if reading.after is None else reading.after
+        return run, shape, after
 
     async def _now(self, run: Run, shape: ResponseShape, after: int) -> Items:
         """Return a response as far as it has come. Raises GatewayError when nothing is kept."""
         items, begun = Items(shape), False
         try:
             while (chunk := await self._log.chunk(run.stream, after)) is not None:
+                await self._bring_arguments(run, chunk, items.answer)
                 for sent in sse.split(chunk.data):
                     items.take(sent)
                     begun = True
@@ -397,6 +436,11 @@ def _named_here() -> Iterator[None]:
                 error.details["param"] = ours
             error.message = error.message.replace(f"{theirs!r}", f"{ours!r}")
         raise
+
+
+def _bare_call(name: str) -> dict[str, Any]:
+    """Return a call that waits, as far as its result needs one."""
+    return {"type": "function_call", "call_id": name, "name": name, "arguments": "{}"}
 
 
 def _no_response(param: str | None, wanted: str) -> GatewayError:

@@ -188,7 +188,8 @@ FROM runs WHERE id = :run_id;
 -- decide --
 -- What was asked stands in its event from then on, which is removed with the run's others.
 UPDATE permissions SET granted = :granted, decided_by = :decided_by, decided_at = :now,
-                       question = CASE WHEN question IS NOT NULL THEN '{}' END
+                       question = CASE WHEN question LIKE '{"calls":%' THEN '{"calls": []}'
+                                       WHEN question IS NOT NULL THEN '{}' END
 WHERE request_id = :request_id AND granted IS NULL;
 
 -- records --

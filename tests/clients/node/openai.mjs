@@ -30,6 +30,63 @@ assert.equal(await stream.finalContent(), "one two");
 const { response } = await ask("one").withResponse();
 assert.match(response.headers.get("x-run-id"), /^run_/);
 
+const weather = ({ city }) => `sunny in ${city}`;
+const parameters = { type: "object", properties: { city: { type: "string" } } };
+const said = { model: "assistant", messages: [{ role: "user", content: "CALL" }] };
+for (const more of [{}, { stream: true }]) {
+  const runner = client.chat.completions.runTools({
+    ...said,
+    ...more,
+    tools: [
+      {
+        type: "function",
+        function: { name: "weather", parse: JSON.parse, function: weather, parameters },
+      },
+    ],
+  });
+  assert.equal(await runner.finalContent(), "sunny in Rome and sunny in Oslo");
+}
+
+const first = await client.responses.create({ model: "assistant", input: "one two" });
+assert.equal(first.output_text, "one two");
+const events = [];
+for await (const event of await client.responses.create({
+  model: "assistant",
+  input: "three",
+  previous_response_id: first.id,
+  stream: true,
+})) {
+  events.push(event);
+}
+assert.equal(events.at(-1).response.output_text ?? "three", "three");
+const rest = [];
+for await (const event of await client.responses.retrieve(events[0].response.id, {
+  stream: true,
+  starting_after: 2,
+})) {
+  rest.push(event);
+}
+assert.deepEqual(rest, events.slice(3));
+
+const tools = [{ type: "function", name: "weather", parameters, strict: false }];
+const wants = await client.responses
+  .stream({ model: "assistant", input: "CALL", tools })
+  .finalResponse();
+const input = wants.output
+  .filter((item) => item.type === "function_call")
+  .map((call) => ({
+    type: "function_call_output",
+    call_id: call.call_id,
+    output: weather(JSON.parse(call.arguments)),
+  }));
+const done = await client.responses.create({
+  model: "assistant",
+  input,
+  previous_response_id: wants.id,
+  tools,
+});
+assert.equal(done.output_text, "sunny in Rome and sunny in Oslo");
+
 const models = await client.models.list();
 assert.equal(models.data[0].id, "assistant");
 assert.equal((await client.models.retrieve("openai:a/b:c")).id, "openai:a/b:c");

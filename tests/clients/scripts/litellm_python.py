@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 from importlib.metadata import version
+from typing import Any
 
 import litellm
 
@@ -24,6 +25,29 @@ assert answer.usage.total_tokens == 15
 stream = litellm.completion(messages=said("one two three"), stream=True, **ASK)
 text = "".join(chunk.choices[0].delta.content or "" for chunk in stream)
 assert text == "one two three", text
+
+
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "weather",
+            "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+        },
+    }
+]
+messages: list[Any] = said("CALL")
+wants = litellm.completion(messages=messages, tools=TOOLS, **ASK).choices[0].message
+messages.append(wants)
+for call in wants.tool_calls:
+    result = f"sunny in {json.loads(call.function.arguments)['city']}"
+    messages.append({"role": "tool", "tool_call_id": call.id, "content": result})
+pieces = litellm.completion(messages=messages, tools=TOOLS, stream=True, **ASK)
+text = "".join(chunk.choices[0].delta.content or "" for chunk in pieces)
+assert text == "sunny in Rome and sunny in Oslo", text
+
+response = litellm.responses(input="one two", **ASK)
+assert response.output[0].content[0].text == "one two", response
 
 
 async def later() -> None:

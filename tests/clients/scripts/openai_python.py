@@ -114,6 +114,56 @@ def conversation() -> None:
     named.chat.completions.create(model="assistant", messages=said("and you"))
 
 
+class Weather(BaseModel):
+    """How the weather is."""
+
+    city: str
+
+
+def tools() -> None:
+    offered: Any = [openai.pydantic_function_tool(Weather, name="weather")]
+    messages: list[Any] = said("CALL")
+    seen = client.chat.completions.with_raw_response.create(
+        model="assistant", messages=messages, tools=offered
+    )
+    strictly(ChatCompletion, seen.text)
+    run_id = seen.headers["x-run-id"]
+    # The loop that every guide has.
+    turns = 0
+    while (answer := seen.parse().choices[0]).finish_reason == "tool_calls":
+        assert answer.message.tool_calls, answer
+        messages.append(answer.message)
+        for call in answer.message.tool_calls:
+            city = json.loads(call.function.arguments)["city"]
+            result = {"role": "tool", "tool_call_id": call.id, "content": f"sunny in {city}"}
+            messages.append(result)
+        seen = client.chat.completions.with_raw_response.create(
+            model="assistant", messages=messages, tools=offered
+        )
+        turns += 1
+    assert (turns, answer.message.content) == (1, "sunny in Rome and sunny in Oslo"), answer
+    assert seen.headers["x-run-id"] == run_id
+    with client.chat.completions.stream(
+        model="assistant", messages=said("CALL"), tools=offered
+    ) as stream:
+        kinds = {event.type for event in stream}
+        final = stream.get_final_completion().choices[0].message
+    assert "tool_calls.function.arguments.done" in kinds, kinds
+    parsed = [call.function.parsed_arguments for call in final.tool_calls or ()]
+    assert parsed == [Weather(city="Rome"), Weather(city="Oslo")]
+    chunks = client.chat.completions.create(
+        model="assistant",
+        messages=[
+            *said("CALL"),
+            final.model_dump(exclude_none=True, include={"role", "content", "tool_calls"}),
+            *({"role": "tool", "tool_call_id": c.id, "content": "x"} for c in final.tool_calls),
+        ],
+        tools=offered,
+        stream=True,
+    )
+    assert "".join(c.choices[0].delta.content or "" for c in chunks) == "x and x"
+
+
 def errors() -> None:
     wanted: list[tuple[type[openai.APIStatusError], dict[str, Any]]] = [
         (openai.NotFoundError, {"model": "nobody"}),
@@ -157,6 +207,7 @@ helpers()
 asyncio.run(asynchronous())
 others()
 conversation()
+tools()
 errors()
 golden(Path(sys.argv[1]))
 print(json.dumps({"client": f"openai {openai.__version__}"}))

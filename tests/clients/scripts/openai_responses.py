@@ -89,6 +89,63 @@ async def asynchronous() -> None:
         assert kinds[-1] == "response.completed"
 
 
+class Weather(BaseModel):
+    """How the weather is."""
+
+    city: str
+
+
+def tools() -> None:
+    offered: Any = [
+        {"type": "function", "name": "weather", "parameters": Weather.model_json_schema()}
+    ]
+    # The loop that every guide has: what was said, what the model wanted, what came of it.
+    said: list[Any] = [{"role": "user", "content": "CALL"}]
+    answer = client.responses.create(model="assistant", input=said, tools=offered)
+    run_id = answer.model_dump()["run_id"]
+    said += answer.output
+    said += made(answer)
+    answer = client.responses.create(model="assistant", input=said, tools=offered)
+    assert answer.output_text == "sunny in Rome and sunny in Oslo", answer
+    assert answer.model_dump()["run_id"] == run_id
+    # The short one, as it comes.
+    with client.responses.stream(model="assistant", input="CALL", tools=offered) as stream:
+        events = list(stream)
+        answer = stream.get_final_response()
+    done = [e.arguments for e in events if e.type == "response.function_call_arguments.done"]
+    assert done == [item.arguments for item in answer.output if item.type == "function_call"]
+    strictly(Response, client.responses.with_raw_response.retrieve(answer.id).text)
+    with client.responses.stream(
+        model="assistant", input=made(answer), previous_response_id=answer.id, tools=offered
+    ) as stream:
+        answer = stream.get_final_response()
+    assert answer.output_text == "sunny in Rome and sunny in Oslo", answer
+    given = client.responses.input_items.list(answer.id, order="asc")
+    assert [item.type for item in given] == ["function_call_output"] * 2
+    raw = client.responses.input_items.with_raw_response.list(answer.id)
+    strictly(ResponseItemList, raw.text)
+    parsed = client.responses.parse(
+        model="assistant",
+        input="CALL",
+        tools=[openai.pydantic_function_tool(Weather, name="weather")],
+    )
+    calls = [item for item in parsed.output if item.type == "function_call"]
+    assert [call.parsed_arguments for call in calls] == [Weather(city="Rome"), Weather(city="Oslo")]
+
+
+def made(answer: Response) -> list[Any]:
+    calls = [item for item in answer.output if item.type == "function_call"]
+    assert len(calls) == 2, answer
+    return [
+        {
+            "type": "function_call_output",
+            "call_id": call.call_id,
+            "output": f"sunny in {json.loads(call.arguments)['city']}",
+        }
+        for call in calls
+    ]
+
+
 def errors() -> None:
     for kind, body in ((openai.NotFoundError, {"model": "nobody"}), (openai.BadRequestError, {})):
         tools: Any = [] if body else [{"type": "web_search"}]
@@ -120,6 +177,7 @@ plain()
 streamed()
 helpers()
 later()
+tools()
 asyncio.run(asynchronous())
 errors()
 golden(Path(sys.argv[1]))

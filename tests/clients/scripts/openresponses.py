@@ -14,7 +14,7 @@ from typing import Any
 from openresponses_types import types
 from pydantic import BaseModel
 
-KNOWN = {"message", "reasoning"}
+KNOWN = {"message", "reasoning", "function_call"}
 
 
 FRAMES: dict[str, type[BaseModel]] = {
@@ -24,6 +24,10 @@ FRAMES: dict[str, type[BaseModel]] = {
     "response.content_part.done": types.ResponseContentPartDoneStreamingEvent,
     "response.created": types.ResponseCreatedStreamingEvent,
     "response.failed": types.ResponseFailedStreamingEvent,
+    "response.function_call_arguments.delta": (
+        types.ResponseFunctionCallArgumentsDeltaStreamingEvent
+    ),
+    "response.function_call_arguments.done": types.ResponseFunctionCallArgumentsDoneStreamingEvent,
     "response.in_progress": types.ResponseInProgressStreamingEvent,
     "response.incomplete": types.ResponseIncompleteStreamingEvent,
     "response.output_item.added": types.ResponseOutputItemAddedStreamingEvent,

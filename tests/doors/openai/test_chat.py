@@ -354,7 +354,7 @@ async def test_an_image_that_cannot_be_had_is_a_400_and_nothing_runs(
         ({"n": 2}, "n", "one answer"),
         ({"logprobs": True}, "logprobs", "logprobs"),
         ({"presence_penalty": 0.5}, "presence_penalty", "presence_penalty"),
-        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools", "profile's tools"),
+        ({"tools": [{"type": "custom", "custom": {"name": "f"}}]}, "tools", "type function"),
         ({"temperature": 3}, "temperature", "temperature"),
         ({"temprature": 1}, "temprature", "temperature"),
         ({"stop": list("abcde")}, "stop", "stop"),

@@ -21,6 +21,9 @@ from ownware_gateway.events import (
     EVENTS,
     AgentComplete,
     AgentSpawn,
+    CalledTool,
+    ClientCall,
+    ClientResult,
     CompactionEnd,
     CompactionStart,
     ContextPressure,
@@ -45,6 +48,7 @@ from ownware_gateway.events import (
     ToolCallExecute,
     ToolCallProgress,
     ToolCallStart,
+    ToolResult,
     ToolResultDrop,
     TurnEnd,
     TurnInterrupted,
@@ -87,7 +91,7 @@ def turn(index: int) -> TurnEnd:
     return TurnEnd(turn_index=index, stop_reason="tool_use", usage=USAGE, timestamp=AT)
 
 
-#: A run with everything that can happen in it, in four completions.
+#: A run with everything that can happen in it, in six completions.
 ASKS: list[Event] = [
     UserMessage(run_id="run_1", text="Go", timestamp=AT),
     SessionStart(run_id="run_1", session_id="run_1", profile_id="p", model="demo:x", timestamp=AT),
@@ -193,7 +197,45 @@ FAILS: list[Event] = [
 ]
 
 
-ALL = (ASKS, ANSWERS, WORDS, FAILS)
+CALLS: list[Event] = [
+    TurnStart(turn_index=2, timestamp=AT),
+    ToolCallStart(tool_call_id="c4", tool_name="weather", turn_index=2),
+    ToolCallArgsDelta(tool_call_id="c4", delta='{"key":"[secret]"}', turn_index=2),
+    TextComplete(text="I look.", turn_index=2),
+    ClientCall(
+        request_id="q3",
+        calls=[
+            CalledTool(tool_call_id="c4", tool_name="weather"),
+            CalledTool(tool_call_id="c5", tool_name="clock"),
+        ],
+        operation_hash="h",
+        expires_at=AT,
+        usage=USAGE,
+        turn_index=2,
+    ),
+]
+RESULTS: list[Event] = [
+    ClientResult(
+        request_id="q3",
+        results=[
+            ToolResult(tool_call_id="c4", result="sunny"),
+            ToolResult(tool_call_id="c5", result="noon"),
+        ],
+        decided_by="user",
+        reason="the client answered",
+        turn_index=2,
+    ),
+    turn(2),
+    TurnStart(turn_index=3, timestamp=AT),
+    TextComplete(text="It is sunny.", turn_index=3),
+    turn(3),
+    end(),
+]
+
+#: What the events have with secrets masked.
+EXACT = {"q3": ['{"key": "\u2028é"', ""]}
+
+ALL = (ASKS, ANSWERS, WORDS, FAILS, CALLS, RESULTS)
 
 
 def sent(events: Sequence[Event]) -> list[Sent]:
@@ -206,6 +248,7 @@ def sent(events: Sequence[Event]) -> list[Sent]:
 
 def frames(events: Sequence[Event], shape: Shape = SHAPE, seen: tuple[int, int] = (0, 0)) -> bytes:
     made = Frames(shape, seen)
+    made.answer.exact.update(EXACT)
     pieces = [made.of(item) for item in sent(events)]
     assert made.answer.over
     return b"".join(pieces) + DONE
@@ -220,6 +263,7 @@ def test_the_completion_is_this() -> None:
     bodies = []
     for events in ALL:
         whole = Whole(SHAPE)
+        whole.answer.exact.update(EXACT)
         for item in sent(events):
             whole.take(item)
         assert whole.answer.over
@@ -232,12 +276,15 @@ def test_every_event_that_there_is_can_happen_here() -> None:
     assert {event.type for events in ALL for event in events} == set(EVENTS)
 
 
-def test_what_was_seen_is_left_out_and_the_rest_is_the_same_to_the_byte() -> None:
-    whole = frames(ASKS)
+@pytest.mark.parametrize("events", [ASKS, CALLS])
+def test_what_was_seen_is_left_out_and_the_rest_is_the_same_to_the_byte(
+    events: list[Event],
+) -> None:
+    whole = frames(events)
     blocks = whole.split(b"\n\n")
     for place, block in enumerate(blocks[:-2], 1):
         _, seq, number = block.partition(b"\n")[0].split(b".")
-        rest = frames(ASKS, seen=(int(seq), int(number)))
+        rest = frames(events, seen=(int(seq), int(number)))
         assert rest == b"\n\n".join(blocks[place:])
 
 
@@ -259,6 +306,13 @@ def test_the_reason_of_an_end_in_openais_words(status: str, reason: str, finish:
     assert chunk.get("run_status") == (None if status == "succeeded" else status)
     assert b'"usage":{' in usage
     assert done == b"data: [DONE]"
+
+
+def test_what_the_client_has_said_before_is_not_said_again() -> None:
+    events = [*CALLS[:-1], turn(2), *RESULTS[2:]]
+    made = frames(events, SHAPE._replace(brought=3))
+    assert (b"I look." in made, b"It is sunny." in made) == (False, True)
+    assert b'"total_tokens":15,' in made
 
 
 def test_a_run_out_of_time_is_no_answer() -> None:
@@ -283,7 +337,7 @@ def test_json_is_not_mixed_with_words(has_tools: bool) -> None:
 
 
 def test_half_a_character_of_a_provider_breaks_no_frame() -> None:
-    answer = Answer()
+    answer = Answer(SHAPE, holds=False)
     (said,) = answer.take("text.delta", {"text": "x", "seq": 1})
     assert said.text == "x"  # type: ignore[union-attr]
     made = Frames(SHAPE).of(Sent(b"e.1", b"text.delta", b'{"text":"\\ud83d","seq":1}'))

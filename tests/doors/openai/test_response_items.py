@@ -32,7 +32,18 @@ from ownware_gateway.events import (
     TurnStart,
     UserMessage,
 )
-from tests.doors.openai.test_chunks import ALL, ANSWERS, ASKED, ASKS, AT, FAILS, end, sent
+from tests.doors.openai.test_chunks import (
+    ALL,
+    ANSWERS,
+    ASKED,
+    ASKS,
+    AT,
+    EXACT,
+    FAILS,
+    RESULTS,
+    end,
+    sent,
+)
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 SHAPE = ResponseShape("resp_1", "run_1", "assistant", AT // 1000, {"instructions": "Be brief."})
@@ -53,7 +64,8 @@ BEHIND = SHAPE._replace(
 )
 BACKGROUND = SHAPE._replace(echo={"background": True, "text": {"format": {"type": "json_object"}}})
 TOLD: list[tuple[Sequence[Event], ResponseShape]] = [
-    *((events, SHAPE) for events in ALL),
+    *((events, SHAPE) for events in ALL if events is not RESULTS),
+    (RESULTS, SHAPE._replace(before=Before("resp_1", by_client=frozenset({"c4", "c5"})))),
     (TOOLS, BEHIND),
     (
         [
@@ -73,6 +85,7 @@ def frames(
     seen: tuple[int, int] = (0, 0),
 ) -> bytes:
     made = ResponseFrames(shape, starting_after, seen)
+    made.answer.exact.update(EXACT)
     pieces = [made.of(item) for item in sent(events)]
     assert made.answer.over
     return b"".join(pieces) + DONE
@@ -85,6 +98,7 @@ def bodies(events: Sequence[Event], shape: ResponseShape = SHAPE) -> list[dict[s
 
 def response(events: Sequence[Event], shape: ResponseShape = SHAPE) -> dict[str, Any]:
     items = Items(shape)
+    items.answer.exact.update(EXACT)
     for item in sent(events):
         items.take(item)
     return items.response()

@@ -684,13 +684,11 @@ async def test_a_response_that_others_stand_on_is_not_deleted_by_itself(
 # -- what is refused
 
 ANSWER: Final = {"type": "mcp_approval_response", "approval_request_id": "p", "approve": True}
-FUNCTION: Final = {"type": "function", "name": "f", "parameters": {}}
 
 
 @pytest.mark.parametrize(
     ("param", "body"),
     [
-        ("tools", {"tools": [FUNCTION]}),
         ("tool_choice", {"tool_choice": "required"}),
         ("include", {"include": ["reasoning.encrypted_content"]}),
         ("max_tool_calls", {"max_tool_calls": 3}),
