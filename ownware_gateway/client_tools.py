@@ -4,7 +4,7 @@ Nothing here judges a call: what the client does with it is the client's. See do
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any, Final, NoReturn
 
 from ownware_gateway.errors import GatewayError
@@ -15,6 +15,11 @@ from ownware_gateway.permissions import allowed_tools, operation_hash
 from ownware_gateway.profile import SEPARATOR, Profile
 from ownware_gateway.tools import Context, Source, Tool
 from ownware_gateway.transcript import Call, Turn
+
+#: What goes before the name of a client's tool that would be another's.
+PREFIX: Final = f"client{SEPARATOR}"
+#: What every provider takes.
+NAME_CHARS_MAX: Final = 64
 
 #: What the hash of calls is about, in place of a tool's name.
 _IDENTITY: Final = "client"
@@ -39,27 +44,43 @@ async def _never(_context: Context, _arguments: dict[str, Any]) -> NoReturn:
     raise AssertionError("a client's tool is run by the client")
 
 
-def check_names(
+def told_apart(
     options: Options, profile: Profile, tools: Mapping[str, Tool], sources: Iterable[Source]
-) -> None:
-    """Raise GatewayError for a client's tool that has the name of one of the profile's.
+) -> Options:
+    """Return the options with another name for each tool that has the name of the profile's.
 
-    A server that has not been started yet has the names that begin with its own.
+    A server that has not been started yet has the names that begin with its own. Raises
+    GatewayError `invalid_request` where the other name cannot be either.
     """
     offered = dict(tools)
     for source in sources:
         offered |= source.tools(profile)
     own = {*allowed_tools(profile, offered), *profile.functions}
+    names: dict[str, str] = {}
     for item in options.client_tools:
         name = item["name"]
-        server, separator, _ = name.partition(SEPARATOR)
-        if name in own or (separator and profile.tools.declares(server)):
+        if not _is_taken(name, own, profile) and not name.startswith(PREFIX):
+            continue
+        names[name] = other = PREFIX + name
+        if _is_taken(other, own, profile) or len(other) > NAME_CHARS_MAX:
             raise GatewayError(
                 "invalid_request",
                 f"The tool {name!r} has the name of a tool of the profile {profile.name!r}, which "
                 "the gateway runs; give it another name.",
                 param="tools",
             )
+    told = [
+        {**item, "name": names.get(item["name"], item["name"])} for item in options.client_tools
+    ]
+    choice = options.tool_choice
+    return options._replace(
+        client_tools=told, tool_choice=names.get(choice, choice) if choice is not None else None
+    )
+
+
+def _is_taken(name: str, own: Set[str], profile: Profile) -> bool:
+    server, separator, _ = name.partition(SEPARATOR)
+    return name in own or (bool(separator) and profile.tools.declares(server))
 
 
 def handed_over(

@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final, Literal, NamedTuple
 
 from ownware_gateway.approvals import Approvals, Decision
@@ -201,7 +201,7 @@ class Engine:
     async def _start(self, wanted: StartRun) -> Started:
         profile = self._profiles.get(wanted.profile_id, wanted.skills)
         dispatch = await self._dispatch(profile, wanted)
-        self._check_options(profile, dispatch, wanted)
+        wanted = self._fitting(profile, dispatch, wanted)
         await self.budgets.admit(profile)
         run_id = self._parts.new_id("run")
         stream = Stream(wanted.thread_id or self._parts.new_id("thread"))
@@ -283,17 +283,20 @@ class Engine:
         run = await self._run(asked.run_id)
         profile = self._profiles.get(run.profile_id)
         wanted = StartRun(profile.name, "", options=options)
-        self._check_options(profile, self._parts.catalogue.resolve(run.model), wanted)
-        decision = Decision(granted=True, results=results, options=options.dump())
+        wanted = self._fitting(profile, self._parts.catalogue.resolve(run.model), wanted)
+        decision = Decision(granted=True, results=results, options=wanted.options.dump())
         await self.approvals.decide(asked.thread_id, asked.request_id, decision)
 
-    def _check_options(self, profile: Profile, dispatch: Dispatch, wanted: StartRun) -> None:
-        """Raise GatewayError for what was asked for and cannot be."""
+    def _fitting(self, profile: Profile, dispatch: Dispatch, wanted: StartRun) -> StartRun:
+        """Return what is wanted as it can be; raises GatewayError for what cannot."""
         if wanted.options.client_tools:
-            from ownware_gateway.client_tools import check_names
+            from ownware_gateway.client_tools import told_apart
 
-            check_names(wanted.options, profile, self._parts.tools, self._parts.sources)
+            parts = self._parts
+            options = told_apart(wanted.options, profile, parts.tools, parts.sources)
+            wanted = replace(wanted, options=options)
         _check_options(dispatch, wanted)
+        return wanted
 
     async def _check_room(self) -> None:
         if self._stopping:

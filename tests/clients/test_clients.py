@@ -60,7 +60,8 @@ def node_modules() -> Path:
         shutil.copytree(HERE / "node", place)
         run([npm, "ci", "--no-audit", "--no-fund", "--prefix", str(place)])
         (place / "whole").touch()
-    shutil.copy(HERE / "node" / "openai.mjs", place)
+    for script in HERE.glob("node/*.mjs"):
+        shutil.copy(script, place)
     return place
 
 

@@ -83,6 +83,8 @@ async def test_leaving_early_frees_the_server_for_the_next_question(model: OpenA
 async def test_a_question_too_long_is_refused_in_the_servers_own_words(model: OpenAI) -> None:
     with pytest.raises(ModelError) as raised:
         await ask(model, request(UserTurn("word " * 5000)))
-    assert raised.value.message.startswith("local did not accept the request (400). It said: ")
+    assert raised.value.message.startswith(
+        "The prompt is too long for the model at local. It said: "
+    )
     assert "context" in raised.value.message
     assert raised.value.retry is None

@@ -59,7 +59,10 @@ from ownware_gateway.stream import CaughtUp, Silence, check_cursor, parse_cursor
 from ownware_gateway.transcript import load
 
 #: Where a client says which conversation a request belongs to.
-CONVERSATION_HEADERS: Final = ("X-Conversation-Id", "X-OpenWebUI-Chat-Id")
+OPEN_WEBUI_HEADER: Final = "X-OpenWebUI-Chat-Id"
+CONVERSATION_HEADERS: Final = ("X-Conversation-Id", OPEN_WEBUI_HEADER)
+#: How Open WebUI names chats that are not to be kept: all those of a browser tab alike.
+TEMPORARY: Final = ("temporary:", "local:")
 NAME_CHARS_MAX: Final = 255
 
 #: How often a conversation of one name may have been deleted before the name is used up.
@@ -68,7 +71,8 @@ DELETIONS_MAX: Final = 100
 #: How often the run of one Idempotency-Key may have failed before the key is used up.
 FAILURES_MAX: Final = 20
 
-#: How the prompts begin that chat UIs ask by themselves, for a title say.
+#: How the prompts begin that chat UIs ask by themselves, for a title say. They do not stream these;
+#: a person's question about a file may begin so too, and is streamed.
 HELPER: Final = "### Task:"
 
 APPROVE: Final = "/approve"
@@ -184,7 +188,7 @@ class Handlers(Agents):
         there = functools.partial(self._streamer.while_there, request)
         said = await there(conversation(body.messages, self._fetch))
         name = conversation_name(request)
-        helper = self._parts.helper_prompts and _is_helper(said)
+        helper = self._parts.helper_prompts and not body.stream and is_helper(said)
         fingerprint = fingerprint_of(request, raw, name)
         ask = Ask(agent, said, body.options(), fingerprint, owner_of(request), name)
         usage = body.stream_options is not None and bool(body.stream_options.include_usage)
@@ -768,7 +772,8 @@ def _with_instructions(ask: Ask) -> Options:
     return ask.options._replace(instructions=ask.said.instructions)
 
 
-def _is_helper(said: Conversation) -> bool:
+def is_helper(said: Conversation) -> bool:
+    """Whether a chat UI asks this for itself, and no person."""
     return not said.answered and said.prompt.text.lstrip().startswith(HELPER)
 
 
@@ -798,6 +803,8 @@ def conversation_name(request: web.Request) -> str | None:
     """Return the name of the conversation that a request belongs to; raises GatewayError."""
     for header in CONVERSATION_HEADERS:
         if name := request.headers.get(header):
+            if header == OPEN_WEBUI_HEADER and name.startswith(TEMPORARY):
+                return None
             if len(name) > NAME_CHARS_MAX or not name.isprintable():
                 raise refuse(
                     header, f"{header} must be 1 to {NAME_CHARS_MAX} printable characters."

@@ -27,6 +27,7 @@ from ownware_gateway.doors.openai.handlers import (
     conversation_name,
     dumps,
     fingerprint_of,
+    is_helper,
     owner_of,
     told_of,
     with_door,
@@ -95,9 +96,11 @@ class Responses(Handlers):
         called = await self._called(ask, body)
         given = await self._streamer.while_there(request, read_input(body, self._fetch, called))
         said = given if isinstance(given, Conversation) else _NOTHING
-        ask = with_door(ask._replace(said=said), response=body.echo(raw, name))
+        asks = isinstance(given, Conversation) and not body.stream
+        helper = self._parts.helper_prompts and asks and is_helper(said)
+        ask = with_door(ask._replace(said=said), helper=helper, response=body.echo(raw, name))
         with _named_here():
-            told = await self._answer(request, ask, body, given)
+            told = await (self._help(ask) if helper else self._answer(request, ask, body, given))
         self._readers.note(ask.fingerprint, told.reading)
         headers = {} if name is None else {"X-Conversation-Id": name}
         return await self._tell(request, told, body, headers)

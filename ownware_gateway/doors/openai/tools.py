@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
+from ownware_gateway.client_tools import PREFIX
 from ownware_gateway.doors.openai.errors import refuse
 from ownware_gateway.events import CalledTool, ToolResult
 from ownware_gateway.models import ANY_TOOL, AssistantTurn, Message, ToolTurn, UserTurn
@@ -58,8 +59,11 @@ def calls_of(
         {
             "id": call_id(Place(run_id, asked["turnIndex"], number)),
             "type": "function",
-            # A model that wants to say nothing may write nothing; that is no JSON.
-            "function": {"name": called["toolName"], "arguments": wrote or "{}"},
+            "function": {
+                "name": called["toolName"].removeprefix(PREFIX),
+                # A model that wants to say nothing may write nothing; that is no JSON.
+                "arguments": wrote or "{}",
+            },
         }
         for number, (called, wrote) in enumerate(zip(asked["calls"], arguments, strict=True))
     ]

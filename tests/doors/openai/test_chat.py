@@ -549,7 +549,24 @@ async def test_a_chat_uis_own_prompts_get_the_small_fast_model_no_tools_and_no_c
     assert "tools" not in asked.body
     assert [message["role"] for message in asked.body["messages"]] == ["user"]
     assert (await get_json(http, up.url, "/threads"))["items"] == []
+    body = {"input": prompt}
+    status, _, answer = await post(http, up.url, "/v1/responses", body, chat)
+    assert (status, answer["status"]) == (200, "completed")
+    assert provider.requests[-1].body["model"] == "small"
+    assert (await get_json(http, up.url, "/threads"))["items"] == []
     up = await start_gateway.restart(up, helper_prompts=False)
     await ask(http, up.url, prompt, headers=chat)
     assert "tools" in provider.requests[-1].body
+    assert len((await get_json(http, up.url, "/threads"))["items"]) == 1
+
+
+async def test_a_persons_question_that_begins_like_a_chat_uis_own_is_streamed_and_answered(
+    start_gateway: Gateways, http: Http, provider: Provider, make_profile: MakeProfile
+) -> None:
+    make_profile("assistant", smallFastModel="openai:small")
+    up = await start_gateway()
+    prompt = "### Task:\nRespond to the user query using the provided context."
+    await streamed(http, up.url, prompt, headers={"X-OpenWebUI-Chat-Id": "c"})
+    (asked,) = await provider.requested()
+    assert asked.body["model"] == "test-model"
     assert len((await get_json(http, up.url, "/threads"))["items"]) == 1

@@ -76,6 +76,20 @@ async def test_open_webuis_header_names_a_conversation_too_and_the_answer_repeat
     assert [text for _, text in told(provider.requests[-1].body)] == ["three"]
 
 
+@pytest.mark.parametrize("name", ["temporary:abc", "local:abc"])
+async def test_open_webuis_temporary_chats_are_no_conversation(
+    start_gateway: Gateways, http: Http, provider: Provider, name: str
+) -> None:
+    up = await start_gateway()
+    headers = {"X-OpenWebUI-Chat-Id": name}
+    status, sent, _ = await post(http, up.url, CHAT, {"messages": [user("secret")]}, headers)
+    assert status == 200
+    assert "X-Conversation-Id" not in sent
+    await ask(http, up.url, "two", headers=headers)
+    assert [text for _, text in told(provider.requests[-1].body)] == ["two"]
+    assert (await get_json(http, up.url, "/threads"))["items"] == []
+
+
 async def test_a_conversation_is_a_thread_that_the_native_door_lists_watches_and_goes_on_with(
     start_gateway: Gateways, http: Http, provider: Provider
 ) -> None:

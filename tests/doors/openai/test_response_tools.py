@@ -382,7 +382,6 @@ async def test_calls_in_a_row_are_one_answer_of_the_model(
         ({"tools": [{"type": "function"}]}, "tools", "'tools.0.name' must be"),
         ({"tools": [{**TOOL, "defer_loading": True}]}, "tools", "'tools.0.defer_loading'"),
         ({"tools": [TOOL, TOOL]}, "tools", "more than one tool named 'weather'"),
-        ({"tools": [{**TOOL, "name": "read_file"}]}, "tools", "'read_file'"),
         ({"tool_choice": "required"}, "tool_choice", "there are no tools"),
         (
             {"tools": TOOLS, "tool_choice": {"type": "function", "name": "x"}},

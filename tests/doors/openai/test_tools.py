@@ -286,6 +286,28 @@ async def test_a_question_is_settled_before_the_client_is_called(
     assert [second["usage"]["total_tokens"], last["usage"]["total_tokens"]] == [15, 15]
 
 
+async def test_a_tool_with_the_name_of_one_of_the_gateways_is_the_models_beside_it(
+    start_gateway: Gateways, http: Http, provider: Provider, make_profile: MakeProfile
+) -> None:
+    home = {"command": "none", "args": []}
+    make_profile("assistant", tools={"preset": "readonly", "mcp": {"home": home}})
+    names = ["read_file", "home__light", "client__x", "weather"]
+    forced = {"type": "function", "function": {"name": "read_file"}}
+    other = [f"client__{name}" for name in names[:3]]
+    provider.reply(Reply(calls=[READ, *(Call(name, {}) for name in [*other, "weather"])]), DONE)
+    up = await start_gateway()
+    tools = [tool(name) for name in names]
+    answer = await ask(http, up.url, "Go", tools=tools, tool_choice=forced)
+    assert {*other, "read_file", "weather"} <= {*offered(provider)}
+    assert provider.requests[-1].body["tool_choice"]["function"]["name"] == other[0]
+    assert [call["function"]["name"] for call in calls(answer)] == names
+    last = await ask(http, up.url, "Go", *results(answer), tools=tools, tool_choice=forced)
+    assert (content(last), last["run_id"]) == ("It is sunny.", answer["run_id"])
+    seen = await run_events(http, up.url, answer["run_id"])
+    shown = [call["toolName"] for call in of_type(seen, "client.call")["calls"]]
+    assert shown == [*other, "weather"]
+
+
 async def test_an_agent_that_works_for_the_run_has_ended_and_has_none_of_the_clients_tools(
     start_gateway: Gateways, http: Http, provider: Provider, make_profile: MakeProfile
 ) -> None:
@@ -554,8 +576,7 @@ async def test_results_that_do_not_fit_the_calls_are_refused_by_name(
 @pytest.mark.parametrize(
     ("param", "body", "says"),
     [
-        ("tools", {"tools": [tool("read_file")]}, "'read_file' has the name of a tool"),
-        ("tools", {"tools": [tool("home__light")]}, "'home__light' has the name of a tool"),
+        ("tools", {"tools": [tool("home__" + "x" * 55)]}, "has the name of a tool"),
         ("tools", {"tools": [tool(), tool()]}, "more than one tool named 'weather'"),
         ("tools", {"tools": [tool("a b")]}, "tools.0.function.name"),
         ("tools", {"tools": [{"type": "custom", "custom": {"name": "x"}}]}, "type function"),
@@ -592,13 +613,14 @@ async def test_tools_that_cannot_be_are_refused_by_name(
 
 
 async def test_results_with_options_that_cannot_be_leave_the_run_waiting(
-    start_gateway: Gateways, http: Http, provider: Provider
+    start_gateway: Gateways, http: Http, provider: Provider, make_profile: MakeProfile
 ) -> None:
+    make_profile("assistant", tools={"mcp": {"home": {"command": "none", "args": []}}})
     provider.reply(Reply(calls=[WEATHER]), DONE)
     up = await start_gateway()
     answer = await ask(http, up.url, "Go", tools=TOOLS)
-    error = await refused(http, up.url, "Go", *results(answer), tools=[tool("glob")])
-    assert "'glob'" in error["message"]
+    error = await refused(http, up.url, "Go", *results(answer), tools=[tool("home__" + "x" * 55)])
+    assert "'home__x" in error["message"]
     last = await ask(http, up.url, "Go", *results(answer), tools=TOOLS)
     assert last["run_id"] == answer["run_id"]
 
