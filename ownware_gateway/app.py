@@ -71,8 +71,12 @@ DAY_MS: Final = 86_400_000
 #: Connections that may wait to be accepted.
 BACKLOG: Final = 1024
 
-#: An idle connection is kept for the client's next request for so long.
+#: An idle connection is kept for the client's next request for so long. Its first line and headers
+#: must have come by then.
 KEEP_ALIVE_S: Final = 75.0
+
+#: What is left of a body that nobody wants is taken for so long: the client is to read the answer.
+LINGER_S: Final = 10.0
 
 _log: Final = logging.getLogger(__name__)
 
@@ -240,6 +244,7 @@ async def gateway(settings: Settings) -> AsyncIterator[Gateway]:
             access_log_class=AccessLog,
             shutdown_timeout=HANDLERS_CUT_S,
             keepalive_timeout=KEEP_ALIVE_S,
+            lingering_time=LINGER_S,
         )
         stack.push_async_callback(engine.stop, GRACE_S)
         await runner.setup()

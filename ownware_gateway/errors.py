@@ -24,6 +24,7 @@ CODES: Final[dict[str, tuple[int, Category]]] = {
     "method_not_allowed": (405, "invalid_request"),
     "payload_too_large": (413, "invalid_request"),
     "unsupported_media_type": (415, "invalid_request"),
+    "body_timeout": (408, "invalid_request"),
     "run_in_progress": (409, "conflict"),
     "cursor_ahead": (409, "conflict"),
     "cursor_mismatch": (409, "conflict"),

@@ -21,6 +21,7 @@ from typing import Any, Final, cast
 import aiohttp
 import pytest
 
+from ownware_gateway import app, doors
 from ownware_gateway.app import Gateway
 from ownware_gateway.errors import BootError
 from ownware_gateway.log.sqlite import SqliteLog
@@ -434,6 +435,42 @@ async def test_without_file_handles_left_nothing_is_lost_and_all_goes_on(
         with contextlib.suppress(ProcessLookupError):
             process.kill()
         await process.communicate()
+
+
+# -- clients that do not finish what they say
+
+
+async def half_said(up: Gateway, said: str) -> bytes:
+    """Send the beginning of a request and nothing more; return all that comes back."""
+    host, _, port = up.url.removeprefix("http://").rpartition(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    try:
+        writer.write(said.replace("\n", "\r\n").encode())
+        return await asyncio.wait_for(reader.read(), PATIENCE_S)
+    finally:
+        writer.transport.abort()
+
+
+@pytest.mark.parametrize("path", ["/api/v1/run", "/v1/chat/completions"])
+async def test_a_body_that_does_not_arrive_is_not_waited_for_forever(
+    start_gateway: Gateways, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    monkeypatch.setattr(doors, "BODY_S", 0.05)
+    monkeypatch.setattr(app, "LINGER_S", 0.05)
+    up = await start_gateway()
+    head = f"POST {path} HTTP/1.1\nHost: localhost\nContent-Length: 100\n"
+    answer = await half_said(up, head + 'Content-Type: application/json\n\n{"model": ')
+    assert answer.startswith(b"HTTP/1.1 408 ")
+    assert b"did not arrive within 0.05 s" in answer
+
+
+@pytest.mark.parametrize("said", ["", "GET /api/v1/health HTTP/1.1\nHost: local"])
+async def test_a_request_that_does_not_begin_is_not_waited_for_forever(
+    start_gateway: Gateways, monkeypatch: pytest.MonkeyPatch, said: str
+) -> None:
+    monkeypatch.setattr(app, "KEEP_ALIVE_S", 0.05)
+    up = await start_gateway()
+    assert await half_said(up, said) == b""
 
 
 # -- clocks

@@ -8,11 +8,11 @@ import re
 from typing import Any, Final, Literal, TypeVar
 
 from aiohttp import web
-from aiohttp.http_exceptions import ContentEncodingError
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.alias_generators import to_camel
 
 from ownware_gateway.auth import CALLER
+from ownware_gateway.doors import body_of
 from ownware_gateway.errors import GatewayError
 from ownware_gateway.log import IdempotencyKey
 from ownware_gateway.models import File
@@ -135,12 +135,7 @@ def idempotency_key(request: web.Request, body: RunBody) -> IdempotencyKey | Non
 
 async def read_bytes(request: web.Request) -> bytes:
     """Return the request's body as it is; raises GatewayError when there is none."""
-    try:
-        data = await request.read()
-    except (web.RequestPayloadError, ContentEncodingError):
-        raise GatewayError(
-            "invalid_request", "The body cannot be read: it is not what its headers say."
-        ) from None
+    data = await body_of(request)
     if not data.strip():
         raise GatewayError("invalid_request", "The request has no body.")
     return data

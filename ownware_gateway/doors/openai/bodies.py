@@ -8,9 +8,9 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Annotated, Any, Final, Literal, NamedTuple, TypeVar
 
 from aiohttp import web
-from aiohttp.http_exceptions import ContentEncodingError
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from ownware_gateway.doors import body_of
 from ownware_gateway.doors.openai.errors import refuse
 from ownware_gateway.doors.openai.tools import check_results, read_choice, read_tools
 from ownware_gateway.errors import GatewayError
@@ -228,12 +228,9 @@ class Conversation(NamedTuple):
 
 async def read_json(request: web.Request) -> dict[str, Any]:
     """Return the request's body; raises GatewayError when it is no JSON object."""
+    data = await body_of(request)
     try:
-        value = json.loads(await request.read(), parse_constant=_refuse_constant)
-    except (web.RequestPayloadError, ContentEncodingError):
-        raise GatewayError(
-            "invalid_request", "The body cannot be read: it is not what its headers say."
-        ) from None
+        value = json.loads(data, parse_constant=_refuse_constant)
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}, column {error.colno}"
         raise GatewayError(
