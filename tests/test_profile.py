@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -341,6 +342,23 @@ def test_what_did_not_change_is_not_built_again(tmp_path: Path) -> None:
     write(tmp_path, "a", FULL)
     profiles = Profiles(tmp_path)
     assert profiles.get("coder") is profiles.get("coder")
+
+
+def test_a_profile_is_found_where_it_lies_now(tmp_path: Path) -> None:
+    write(tmp_path, "ada", {"name": "ada", "description": "one"})
+    write(tmp_path, "bob", {"name": "bob"})
+    profiles = Profiles(tmp_path)
+    assert profiles.get("ada").description == "one"
+    write(tmp_path, "ada", {"name": "ada", "description": "two"})
+    assert profiles.get("ada").description == "two"
+    (tmp_path / "ada").rename(tmp_path / "zoe")
+    assert Path(profiles.get("ada").folder).name == "zoe"
+    write(tmp_path, "bob", {"name": "ada", "description": "three"})
+    write(tmp_path, "zoe", {"name": "bob"})
+    assert profiles.get("ada").description == "three"
+    assert Path(profiles.get("bob").folder).name == "zoe"
+    shutil.rmtree(tmp_path / "bob")
+    assert profiles.find("ada") is None
 
 
 def test_of_two_profiles_with_one_name_the_first_is_used_and_it_is_said(tmp_path: Path) -> None:

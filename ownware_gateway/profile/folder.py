@@ -81,6 +81,8 @@ class Profiles:
         self._known = known
         self._workspace = workspace
         self._read: dict[Path, _Kept] = {}
+        #: Where the profiles lie that were found last, by name.
+        self._found: dict[str, Path] = {}
 
     def all(self) -> list[Profile]:
         """Return the usable profiles, by name."""
@@ -88,6 +90,7 @@ class Profiles:
         for item in self._load():
             if isinstance(item, Profile):
                 found.setdefault(item.name, item)
+        self._found = {name: Path(profile.folder) for name, profile in found.items()}
         return sorted(found.values(), key=lambda profile: profile.name)
 
     def broken(self) -> list[Broken]:
@@ -130,10 +133,8 @@ class Profiles:
         Raises GatewayError `not_found`; its message says what is wrong with the profile's file,
         if that is the reason, or which name is near.
         """
-        profiles = self.all()
-        for profile in profiles:
-            if profile.name == name:
-                return _with_skills(profile, skills) if skills else profile
+        if (profile := self.find(name)) is not None:
+            return _with_skills(profile, skills) if skills else profile
         for item in self._load():
             if isinstance(item, Broken) and item.folder == name:
                 raise GatewayError(
@@ -141,12 +142,24 @@ class Profiles:
                 )
         if name == PLAIN:
             return plain()
-        names = [profile.name for profile in profiles]
+        names = [profile.name for profile in self.all()]
         near = difflib.get_close_matches(name, names, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         if not near:
             hint = f" There are: {', '.join(names)}." if names else " There are no profiles."
         raise GatewayError("not_found", f"There is no profile named {name!r}.{hint}")
+
+    def find(self, name: str) -> Profile | None:
+        """Return the profile of this name as it is now, if there is a usable one.
+
+        It is looked for where it was found last, and only then everywhere: a run does not start
+        slower because there are a hundred others.
+        """
+        if (folder := self._found.get(name)) is not None:
+            profile = self._load_from(folder)
+            if isinstance(profile, Profile) and profile.name == name:
+                return profile
+        return next((profile for profile in self.all() if profile.name == name), None)
 
     def _load(self) -> Iterator[Profile | Broken]:
         try:
@@ -155,15 +168,19 @@ class Profiles:
             yield Broken(self._folder.name, f"The profiles cannot be read: {error.strerror}.")
             return
         for folder in folders:
-            try:
-                found = [file for name in AGENT_FILES if (file := folder / name).is_file()]
-                if found:
-                    yield self._check(folder, self._load_one(folder, found[0]))
-            except OSError as error:
-                yield Broken(
-                    folder.name, f"A file of {folder.name} cannot be read: {error.strerror}."
-                )
+            if (item := self._load_from(folder)) is not None:
+                yield item
         self._read = {folder: read for folder, read in self._read.items() if folder in set(folders)}
+
+    def _load_from(self, folder: Path) -> Profile | Broken | None:
+        """Return what lies in a folder now; None where no profile does."""
+        try:
+            for name in AGENT_FILES:
+                if (file := folder / name).is_file():
+                    return self._check(folder, self._load_one(folder, file))
+        except OSError as error:
+            return Broken(folder.name, f"A file of {folder.name} cannot be read: {error.strerror}.")
+        return None
 
     def _load_one(self, folder: Path, file: Path) -> Profile | Broken:
         soul = folder / "SOUL.md"

@@ -34,6 +34,9 @@ class Agents:
 
     def _agent(self, profile_id: str | None, model: str) -> Agent:
         """Return who answers to a model's name. Raises GatewayError."""
+        by_name = profile_id is None and model and ":" not in model
+        if by_name and (found := self._profiles.find(model)) is not None:
+            return Agent(found, None, model)
         profiles = self._profiles.all()
         names = [profile.name for profile in profiles]
         if profile_id is not None:
@@ -47,8 +50,6 @@ class Agents:
                 return Agent(profiles[names.index(defaults[0])], None, defaults[0])
         elif ":" in model:
             return Agent(self._profiles.get(PLAIN), model, model)
-        elif model in names:
-            return Agent(profiles[names.index(model)], None, model)
         elif model == PLAIN:
             return Agent(self._profiles.get(model), None, model)
         known = ", ".join(names) or "none"
