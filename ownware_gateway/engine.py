@@ -295,7 +295,7 @@ class Engine:
             parts = self._parts
             options = told_apart(wanted.options, profile, parts.tools, parts.sources)
             wanted = replace(wanted, options=options)
-        _check_options(dispatch, wanted)
+        _check_able(dispatch, profile, wanted)
         return wanted
 
     async def _check_room(self) -> None:
@@ -715,25 +715,29 @@ class Engine:
 
 async def options_of(log: Log, run: Run, *, to: int | None = None) -> Options:
     """Return what is asked of a run: when it was started, or with the last results, up to a seq."""
-    asked = await all_options(log, run)
-    known = [options for seq, options in asked if to is None or seq <= to]
-    return known[-1] if known else AS_THE_PROFILE_SAYS
+    asked = await _kept_options(log, run)
+    known = [body for seq, body in asked if to is None or seq <= to]
+    return Options.restore(known[-1]) if known else AS_THE_PROFILE_SAYS
 
 
 async def all_options(log: Log, run: Run) -> list[tuple[int, Options]]:
     """Return all that was asked of a run, each with the number of the event that came with it."""
+    return [(seq, Options.restore(body)) for seq, body in await _kept_options(log, run)]
+
+
+async def _kept_options(log: Log, run: Run) -> list[tuple[int, bytes]]:
     # What is behind its end belongs to later runs.
     return [
-        (seq, Options.restore(body))
+        (seq, body)
         for seq, _, body in await log.private(run.stream, "options", after=run.start_seq)
         if run.end_seq is None or seq <= run.end_seq
     ]
 
 
-def _check_options(dispatch: Dispatch, wanted: StartRun) -> None:
+def _check_able(dispatch: Dispatch, profile: Profile, wanted: StartRun) -> None:
     """Raise GatewayError for what was asked for and the model will not do."""
     said = [*wanted.history, UserTurn(wanted.prompt, wanted.files), *wanted.answered]
-    request = wanted.options.apply(Request(dispatch.name, said))
+    request = wanted.options.apply(Request(dispatch.name, said, thinking=profile.thinking))
     if wanted.options == AS_THE_PROFILE_SAYS and not wanted.history:
         return  # The native door's files are shown as far as they can be.
     if unable := dispatch.model.unable(request):

@@ -131,16 +131,33 @@ def _turns(
 
     Arguments stand in events as people may see them: what was written is kept beside.
     """
-    results = {turn.tool_call_id: turn for turn in answers if isinstance(turn, ToolTurn)}
     events: list[Event] = []
-    turns = [turn for turn in answers if isinstance(turn, AssistantTurn)]
-    for index, turn in enumerate(turns):
+    for index, (turn, results) in enumerate(_with_results(answers)):
         events += _answer(turn, index, teller)
         if turn.tool_calls:
             whole = Answer(turn, "tool_use", Usage())
             private.append(Private("message", whole.dump(), 0, at + len(events) - 1))
         events += _results(turn, index, results, teller)
     return events
+
+
+def _with_results(
+    answers: Sequence[Message],
+) -> Sequence[tuple[AssistantTurn, dict[str, ToolTurn]]]:
+    """Return the model's turns, each with its results: the id of a call may come again later."""
+    turns: list[tuple[AssistantTurn, dict[str, ToolTurn]]] = []
+    for message in answers:
+        match message:
+            case AssistantTurn():
+                turns.append((message, {}))
+            case ToolTurn():
+                for turn, results in reversed(turns):
+                    if any(call.id == message.tool_call_id for call in turn.tool_calls):
+                        results[message.tool_call_id] = message
+                        break
+            case UserTurn():
+                pass  # None is among the answers to one.
+    return turns
 
 
 def _answer(turn: AssistantTurn, index: int, teller: Teller) -> Iterator[Event]:

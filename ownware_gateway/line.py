@@ -7,12 +7,16 @@ from typing import Any, Final, Protocol
 
 from ownware_gateway.engine import Started
 from ownware_gateway.errors import GatewayError
+from ownware_gateway.events import ASKING
 from ownware_gateway.log import Chunk, Log
 from ownware_gateway.stream import CaughtUp, Streamer
 
 #: How many may wait for one thread, and for how long.
 WAITING_MAX: Final = 8
 WAIT_S: Final = 60.0
+
+#: By which a chunk of events is known to hold something that a run waits with.
+_ASKS: Final = tuple(b"\nevent: %b\n" % kind.encode() for kind in sorted(ASKING))
 
 
 @dataclass(slots=True)
@@ -107,7 +111,7 @@ class Line:
             return
         async for item in self._streamer.follow(run.stream, head.last):
             # A chunk of deltas ends no run and asks nobody: no need to look.
-            asks = isinstance(item, Chunk) and b"\nevent: permission.request\n" in item.data
+            asks = isinstance(item, Chunk) and any(mark in item.data for mark in _ASKS)
             if asks or isinstance(item, CaughtUp):
                 await busy(run_id)
             if isinstance(item, CaughtUp) or (isinstance(item, Chunk) and item.ends_run):

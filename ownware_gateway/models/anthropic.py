@@ -440,7 +440,7 @@ def _object(text: str) -> dict[str, Any]:
     """Return the object that the arguments are; the API takes nothing else, broken ones neither."""
     try:
         value = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
 

@@ -678,7 +678,7 @@ async def test_every_code_is_met_here() -> None:
     met = {bad.code for bad in ALL.values()}
     alone = {"internal", "unauthorized", "rate_limited", "shutting_down", "overloaded"}
     # What these are about has tests of its own: test_threads.py, reliability/test_idempotency.py,
-    # mcp/test_servers.py, test_budgets.py.
+    # mcp/test_servers.py, test_budgets.py, test_trouble.py.
     alone |= {"thread_deleted", "idempotency_conflict", "idempotency_key_invalid"}
-    alone |= {"server_exists", "budget_exceeded"}
+    alone |= {"server_exists", "budget_exceeded", "body_timeout"}
     assert met | alone == set(CODES)

@@ -220,12 +220,13 @@ async def test_a_call_without_arguments_has_an_empty_object(
     assert (await ask(model)).turn.tool_calls == [ToolCall("a", "ls", "{}")]
 
 
+@pytest.mark.parametrize("wrote", ['{"path": "a', "[" * 5_000 + "]" * 5_000])
 async def test_broken_arguments_are_kept_as_written_and_sent_back_as_an_object(
-    provider: Provider, model: Anthropic
+    provider: Provider, model: Anthropic, wrote: str
 ) -> None:
-    provider.reply(Reply(calls=[Call("ls", '{"path": "a', id="a")], stop="max_tokens"))
+    provider.reply(Reply(calls=[Call("ls", wrote, id="a")], stop="max_tokens"))
     answer = await ask(model)
-    assert answer.turn.tool_calls == [ToolCall("a", "ls", '{"path": "a')]
+    assert answer.turn.tool_calls == [ToolCall("a", "ls", wrote)]
     assert answer.stop_reason == "tool_use"
     assert answer.turn.raw["content"][0]["input"] == {}
 

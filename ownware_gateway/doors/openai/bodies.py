@@ -35,6 +35,9 @@ FILES_MAX: Final = 32
 FILE_BYTES_MAX: Final = 8 * 1_048_576
 TEXTS_MAX: Final = 2_048
 
+#: How deep a body may be: what Python's own limit lets in, it may not let out again.
+NESTING_MAX: Final = 100
+
 #: What may be said and changes nothing: the value that the gateway has anyway, or a hint that
 #: steers only how a provider works. An asterisk is any value.
 NEUTRAL: Final[Mapping[str, Sequence[Any]]] = {
@@ -240,7 +243,24 @@ async def read_json(request: web.Request) -> dict[str, Any]:
         raise GatewayError("invalid_request", "The body is not JSON that can be read.") from None
     if not isinstance(value, dict):
         raise GatewayError("invalid_request", "The body must be a JSON object.")
+    if _is_deeper(value, NESTING_MAX):
+        raise GatewayError(
+            "invalid_request", f"The body is nested more than {NESTING_MAX} deep; make it flatter."
+        )
     return value
+
+
+def _is_deeper(value: Any, most: int) -> bool:
+    """Whether objects and lists stand in one another more often than that."""
+    level = [value]
+    for _ in range(most):
+        level = [
+            item
+            for inner in level
+            for item in (inner.values() if isinstance(inner, dict) else inner)
+            if isinstance(item, dict | list)
+        ]
+    return bool(level)
 
 
 def _refuse_constant(name: str) -> None:
@@ -363,8 +383,9 @@ def _check_size(messages: Sequence[Mapping[str, Any]]) -> None:
         content = message.get("content")
         parts = content if isinstance(content, list) else [{"text": content}]
         texts = [part.get("text") for part in parts if isinstance(part, dict)]
-        calls = json.dumps(message["tool_calls"]) if message.get("tool_calls") else ""
-        size += len(calls) + sum(len(text) for text in texts if isinstance(text, str))
+        calls = message.get("tool_calls")
+        size += len(json.dumps(calls, ensure_ascii=False)) if calls else 0
+        size += sum(len(text) for text in texts if isinstance(text, str))
     if size > TEXT_CHARS_MAX:
         raise refuse(
             "messages",
@@ -391,20 +412,24 @@ def _text(content: Any, path: str) -> str:
 def _assistant(message: Mapping[str, Any], path: str) -> AssistantTurn:
     if message.get("audio") is not None or message.get("function_call") is not None:
         raise refuse("messages", f"The field '{path}' holds audio or a function call of old.")
-    calls = []
-    for index, call in enumerate(message.get("tool_calls") or ()):
-        function = call.get("function") if isinstance(call, dict) else None
-        given = (
-            [call.get("id"), function.get("name"), function.get("arguments")] if function else []
-        )
-        if len(given) != 3 or not all(isinstance(text, str) for text in given):
-            raise refuse(
-                "messages",
-                f"The field '{path}.tool_calls.{index}' must be a function call with an id.",
-            )
-        calls.append(ToolCall(*given))
+    given = message.get("tool_calls") or []
+    if not isinstance(given, list):
+        raise refuse("messages", f"The field '{path}.tool_calls' must be a list.")
+    calls = [_call(item, f"{path}.tool_calls.{index}") for index, item in enumerate(given)]
+    if len({call.id for call in calls}) < len(calls):
+        raise refuse("messages", f"The field '{path}.tool_calls' has an id more than once.")
     text = _text(message.get("content"), f"{path}.content")
     return AssistantTurn(text or _text(message.get("refusal"), f"{path}.refusal"), tool_calls=calls)
+
+
+def _call(item: Any, path: str) -> ToolCall:
+    function = item.get("function") if isinstance(item, dict) else None
+    said = function if isinstance(function, dict) else {}
+    given = [item.get("id"), said.get("name"), said.get("arguments")] if said else []
+    texts = [text for text in given if isinstance(text, str)]
+    if len(texts) != 3:
+        raise refuse("messages", f"The field '{path}' must be a function call with an id.")
+    return ToolCall(*texts)
 
 
 def _tool(message: Mapping[str, Any], path: str, before: Sequence[Message]) -> ToolTurn:

@@ -103,7 +103,7 @@ class Ask(NamedTuple):
     """A request for a completion, understood.
 
     `caller` is whose it is, `name` what the client calls its conversation, `thread_id` the thread
-    where that is.
+    where that is. `again`: it may have come before, and is then not to be done twice.
     """
 
     agent: Agent
@@ -114,6 +114,7 @@ class Ask(NamedTuple):
     name: str | None = None
     thread_id: str | None = None
     key: IdempotencyKey | None = None
+    again: bool = False
     route: str = "POST /v1/chat/completions"
 
 
@@ -273,7 +274,9 @@ class Handlers(Agents):
             profile_id=ask.agent.profile.name,
             prompt=prompt.text,
             model=ask.agent.profile.small_fast_model or ask.agent.model,
-            options=_with_instructions(ask)._replace(bare=True, client_tools=(), tool_choice=None),
+            options=_with_instructions(ask)._replace(
+                bare=True, client_tools=(), tool_choice=None, parallel_tool_calls=None
+            ),
             hidden=True,
         )
         return told_of(await self._engine.start(wanted), ask)
@@ -297,6 +300,7 @@ class Handlers(Agents):
         retries = request.headers.get("x-stainless-retry-count", "0")
         if key is None and retries == "0":
             return ask, None
+        ask = ask._replace(again=True)
         if (found := await self._readers.find(ask.fingerprint)) is not None:
             return ask, found
         if (found := await self._resent(ask, ended=key is not None)) is not None or key is None:
@@ -355,14 +359,15 @@ class Handlers(Agents):
         if (answered := await self._answered(active, pending, ask)) is not None:
             return Told(answered)
         handed_in = await self._hand_in_there(active, pending, ask)
-        if handed_in is not None and ask.said.answered:
-            return Told(handed_in)
         if thread is not None and ask.said.answered:
-            raise GatewayError("nothing_pending", _NOT_WAITED_FOR)
-        superseded = active_id if pending and handed_in is None else None
+            if (led_to := handed_in or await self._led_to(ask)) is None:
+                raise GatewayError("nothing_pending", _NOT_WAITED_FOR)
+            return Told(led_to)
+        superseded = active_id if pending else None
 
         async def busy(run_id: str) -> None:
-            # A question that comes up while a request waits is not what its message is about.
+            # A question that comes up while a request waits is not what its message is about,
+            # unless the run goes on for this request alone.
             if active is not None and run_id == superseded:
                 await self._supersede(active)
 
@@ -423,17 +428,13 @@ class Handlers(Agents):
         """
         run = await self._calling(ask)
         pending = await self._pending(run)
-        if run is None or not pending or pending[0].kind != "client":
-            return None
+        waits = bool(pending) and pending[0].kind == "client"
         if not ask.said.answered:
-            await self._supersede(run)
+            if run is not None and waits:
+                await self._supersede(run)
             return None
-        try:
-            return await self._hand_in(run, pending[0], ask)
-        except GatewayError as error:
-            if error.code != "permission_already_decided":
-                raise
-            return None
+        handed_in = await self._hand_in(run, pending[0], ask) if run is not None and waits else None
+        return handed_in or await self._led_to(ask)
 
     async def _hand_in_there(
         self, run: Run | None, pending: Sequence[Permission], ask: Ask
@@ -452,6 +453,7 @@ class Handlers(Agents):
         return await self._hand_in(run, pending[0], ask)
 
     async def _hand_in(self, run: Run, asked: Permission, ask: Ask) -> Reading | None:
+        """Give calls their results; None when others are meant, or somebody was first."""
         places = [place_of(result.tool_call_id) for result in ask.said.results]
         if any(place is None or place[:2] != (run.id, asked.turn_index) for place in places):
             return None
@@ -463,8 +465,17 @@ class Handlers(Agents):
         kept = {name: before[name] for name in ("said", "brought") if name in before}
         options = _with_instructions(ask)
         options = options._replace(door={**(options.door or {}), **kept})
-        await self._engine.hand_in(asked, results, options)
+        try:
+            await self._engine.hand_in(asked, results, options)
+        except GatewayError as error:
+            if error.code != "permission_already_decided":
+                raise
+            return None
         return await self._behind(run.id, asked.request_id)
+
+    async def _led_to(self, ask: Ask) -> Reading | None:
+        """Return what the same request has led to while this one was on its way."""
+        return await self._resent(ask, ended=ask.key is not None) if ask.again else None
 
     # -- people's answers
 

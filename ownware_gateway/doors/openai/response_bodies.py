@@ -227,7 +227,7 @@ def _named_flat() -> Iterator[None]:
 def bare_results(body: ResponseBody) -> list[str]:
     """Return the calls of which the input has the result and not the call."""
     items = [] if isinstance(body.input, str) else body.input
-    called = {item.get("call_id") for item in items if item.get("type") == "function_call"}
+    called = [item.get("call_id") for item in items if item.get("type") == "function_call"]
     results = [item for item in items if item.get("type") == "function_call_output"]
     names = [item.get("call_id") for item in results]
     return [name for name in names if isinstance(name, str) and name not in called]
@@ -311,7 +311,7 @@ def _approval(items: Sequence[Mapping[str, Any]]) -> Approval | None:
 
 def _messages(item: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
     """Return an item as messages of a completion. Raises GatewayError."""
-    kind = item.get("type", "message")
+    kind = str(item.get("type", "message"))
     if kind == "message":
         return _message(item, where)
     if kind in _LEFT_OUT:
@@ -328,8 +328,8 @@ def _messages(item: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
     if kind == "function_call_output":
         output = _parts(item.get("output"), f"{where}.output")
         return [{"role": "tool", "tool_call_id": item.get("call_id"), "content": output}]
-    why = _WHY.get(str(kind), "is nothing that this gateway makes or takes")
-    raise refuse("input", f"The field '{where}.type' {why}: {str(kind)[:100]!r}.")
+    why = _WHY.get(kind, "is nothing that this gateway makes or takes")
+    raise refuse("input", f"The field '{where}.type' {why}: {kind[:100]!r}.")
 
 
 def _failure(item: Mapping[str, Any]) -> str:

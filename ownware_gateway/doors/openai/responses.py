@@ -129,7 +129,8 @@ class Responses(Handlers):
             return ()
         thread_id = ask.thread_id
         if ask.name is not None:
-            thread_id, _ = await self._thread_of(ask.caller, ask.name)
+            name, thread = await self._thread_of(ask.caller, ask.name)
+            thread_id = name if thread is not None else None
         if thread_id is None:
             return ()  # To be refused by its place: the input has no such call.
         waiting = [
@@ -343,7 +344,7 @@ class Responses(Handlers):
         thread = await self._log.thread(run.thread_id)
         if thread is not None and thread.forked_from is None and thread.history_to == begins:
             begins = 0  # What the client has brought along.
-        events = await self._events(run, begins, None if brought else first)
+        events = await self._events(run, begins, run.end_seq if brought else first)
         events = [
             event
             for event in events

@@ -81,7 +81,7 @@ def read_tools(given: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], ...]
     for name in names:
         if names.count(name) > 1:
             raise refuse("tools", f"The field 'tools' has more than one tool named {name!r}.")
-    if len(json.dumps(tools)) > TOOLS_CHARS_MAX:
+    if len(json.dumps(tools, ensure_ascii=False)) > TOOLS_CHARS_MAX:
         raise refuse(
             "tools", f"The field 'tools' may have at most {TOOLS_CHARS_MAX} characters of JSON."
         )
@@ -154,9 +154,13 @@ def read_choice(given: Any, tools: Sequence[Mapping[str, Any]]) -> str | None:
 
 def check_results(asked: AssistantTurn, results: Sequence[ToolTurn]) -> None:
     """Raise GatewayError unless every call of a message has one result."""
-    given = [result.tool_call_id for result in results]
-    if twice := sorted({name for name in given if given.count(name) > 1}):
-        raise refuse("messages", f"There is more than one result for the call {twice[0]!r}.")
+    given: set[str] = set()
+    for result in results:
+        if result.tool_call_id in given:
+            raise refuse(
+                "messages", f"There is more than one result for the call {result.tool_call_id!r}."
+            )
+        given.add(result.tool_call_id)
     if missing := [call.id for call in asked.tool_calls if call.id not in given]:
         names = ", ".join(map(repr, missing))
         raise refuse("messages", f"There are no results for these tool calls: {names}.")

@@ -233,6 +233,22 @@ async def test_what_a_model_cannot_honour_is_refused_by_name_before_anything_run
     assert (await get_json(http, up.url, "/runs"))["items"] == []
 
 
+@pytest.mark.parametrize("asked", ["tool_choice", "temperature", "top_p"])
+async def test_what_a_model_cannot_honour_while_its_profile_has_it_think_is_refused_too(
+    start_gateway: Gateways, http: Http, provider: Provider, make_profile: MakeProfile, asked: str
+) -> None:
+    make_profile("assistant", model="anthropic:claude-sonnet-4-5", thinking="high")
+    up = await start_gateway(anthropic_base_url=provider.url, anthropic_api_key="k" * 20)
+    tools = [{"type": "function", "function": {"name": "weather"}}]
+    value: Any = "required" if asked == "tool_choice" else 0.5
+    body = {"messages": [user("go")], "tools": tools, asked: value}
+    status, _, answer = await post(http, up.url, CHAT, body)
+    assert (status, answer["error"]["param"]) == (400, asked)
+    assert provider.requests == []
+    await ask(http, up.url, "go", tools=tools, reasoning_effort="none", **{asked: value})
+    assert len(provider.requests) == 1
+
+
 async def test_openai_itself_is_asked_through_responses_with_what_that_has() -> None:
     """The adapter alone: its own address cannot be a server on loopback."""
     model = Responses(Pool(), provider="openai", base_url="x", key="", key_variable="", silence_s=1)
@@ -387,7 +403,13 @@ async def test_two_megabytes_of_messages_are_a_400(start_gateway: Gateways, http
     assert (await get_json(http, up.url, "/runs"))["items"] == []
 
 
-@pytest.mark.parametrize("sent", [b"", b"{", b"[]", b"\xff", b'{"messages": NaN}'])
+@pytest.mark.parametrize(
+    "sent",
+    [
+        *(b"", b"{", b"[]", b"\xff", b'{"messages": NaN}'),
+        *(b'{"messages": ' + b"[" * deep + b"]" * deep + b"}" for deep in (100, 940, 100_000)),
+    ],
+)
 async def test_a_body_that_is_no_json_object_is_a_400(
     start_gateway: Gateways, http: Http, sent: bytes
 ) -> None:
@@ -570,3 +592,15 @@ async def test_a_persons_question_that_begins_like_a_chat_uis_own_is_streamed_an
     (asked,) = await provider.requested()
     assert asked.body["model"] == "test-model"
     assert len((await get_json(http, up.url, "/threads"))["items"]) == 1
+
+
+async def test_a_chat_uis_own_prompts_want_none_of_the_tools_that_come_along(
+    start_gateway: Gateways, http: Http, provider: Provider, make_profile: MakeProfile
+) -> None:
+    make_profile("assistant", smallFastModel="ollama:small")
+    up = await start_gateway(ollama_host=provider.url)
+    tools = [{"type": "function", "function": {"name": "weather"}}]
+    more: dict[str, Any] = {"tool_choice": "required", "parallel_tool_calls": False}
+    await ask(http, up.url, "### Task:\nGenerate a title.", tools=tools, **more)
+    (asked,) = await provider.requested()
+    assert not {"tools", *more} & {*asked.body}

@@ -347,6 +347,20 @@ async def test_calls_that_nobody_makes_end_and_may_be_told_as_history(
     ]
 
 
+async def test_what_a_response_was_given_stays_what_it_was_when_others_follow(
+    start_gateway: Gateways, http: Http, provider: Provider
+) -> None:
+    provider.reply(DONE, Reply(calls=[Call("read_file", {"path": "none.txt"})]), DONE)
+    up = await start_gateway()
+    made = {"type": "function_call", "call_id": "x1", "name": "weather", "arguments": "{}"}
+    given = {"type": "function_call_output", "call_id": "x1", "output": "sunny"}
+    one = await respond(http, up.url, [user("Go"), made, given], tools=TOOLS)
+    page = await get(http, up.url, f"{one['id']}/input_items")
+    assert len(page[1]["data"]) == 3
+    await respond(http, up.url, "And now?", previous_response_id=one["id"])
+    assert await get(http, up.url, f"{one['id']}/input_items") == page
+
+
 async def test_calls_in_a_row_are_one_answer_of_the_model(
     start_gateway: Gateways, http: Http, provider: Provider
 ) -> None:
@@ -426,6 +440,36 @@ async def test_results_that_do_not_fit_the_calls_are_refused_and_the_run_waits(
     assert "'input.0.call_id' names no tool call before it" in error["message"]
     two = await respond(http, up.url, given, **rest)
     assert text(two) == "It is sunny."
+
+
+async def test_results_alone_do_not_begin_a_conversation(
+    start_gateway: Gateways, http: Http, provider: Provider
+) -> None:
+    up = await start_gateway()
+    odd = {"type": "function_call_output", "call_id": "x", "output": "?"}
+    status, error = await refused(http, up.url, [odd], conversation="chat-1")
+    assert (status, error["param"]) == (400, "input")
+    assert "'input.0.call_id' names no tool call before it" in error["message"]
+    assert not provider.requests
+
+
+@pytest.mark.parametrize(
+    "item",
+    [
+        {"type": []},
+        {"type": {}, "role": "user", "content": "x"},
+        {"type": "function_call", "call_id": [], "name": "x", "arguments": "{}"},
+        {"type": "function_call_output", "call_id": {}, "output": "x"},
+    ],
+    ids=str,
+)
+async def test_items_that_are_none_are_refused(
+    start_gateway: Gateways, http: Http, item: Json
+) -> None:
+    up = await start_gateway()
+    status, error = await refused(http, up.url, [user("Go"), item])
+    assert (status, error["param"]) == (400, "input")
+    assert "input.1" in error["message"]
 
 
 async def test_calls_may_be_declined_by_another_door(

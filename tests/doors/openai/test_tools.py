@@ -1,5 +1,7 @@
 """Tools of the client: the model calls them, the client makes the calls, the run goes on."""
 
+import asyncio
+import io
 import itertools
 import json
 from collections.abc import Callable, Sequence
@@ -12,6 +14,7 @@ import pytest
 from tests.doors.openai import CHAT, ask, assistant, chunks, content, finish, post, streamed, user
 from tests.gateway import (
     FAKE_KEY,
+    PATIENCE_S,
     Gateways,
     get_json,
     post_json,
@@ -438,6 +441,34 @@ async def test_a_message_behind_the_results_is_answered_after_them(
     ]
 
 
+@pytest.mark.parametrize(
+    ("calls_first", "then"),
+    [
+        ([WEATHER], [WEATHER]),
+        ([WRITE], [WEATHER]),
+        ([WRITE], [Call("ask_user", {"question": "Which?"})]),
+    ],
+    ids=["calls after results", "calls after a no", "a question after a no"],
+)
+async def test_a_message_goes_past_what_the_run_asks_while_it_waits(
+    start_gateway: Gateways,
+    http: Http,
+    provider: Provider,
+    calls_first: list[Call],
+    then: list[Call],
+) -> None:
+    provider.reply(Reply(calls=calls_first), Reply(calls=then))
+    provider.default = Reply(text=["Not tomorrow."])
+    up = await start_gateway()
+    answer = await ask(http, up.url, "Go", headers=CHAT_1, tools=TOOLS)
+    given = results(answer) if calls_first == [WEATHER] else [message(answer)]
+    async with asyncio.timeout(PATIENCE_S):
+        last = await ask(http, up.url, "Go", *given, "And tomorrow?", headers=CHAT_1, tools=TOOLS)
+    assert content(last) == "Not tomorrow."
+    assert last["run_id"] != answer["run_id"]
+    assert told(provider)[-1] == ("user", "And tomorrow?")
+
+
 async def test_calls_that_were_made_elsewhere_are_history_that_a_run_goes_on_from(
     start_gateway: Gateways, http: Http, provider: Provider
 ) -> None:
@@ -462,6 +493,17 @@ async def test_calls_that_were_made_elsewhere_are_history_that_a_run_goes_on_fro
     assert [chunk["choices"][0]["delta"].get("content") for chunk in chunks(again)][1:-1] == [
         "It is sunny."
     ]
+
+
+async def test_each_result_belongs_to_the_call_before_it_where_an_id_comes_again(
+    start_gateway: Gateways, http: Http, provider: Provider
+) -> None:
+    up = await start_gateway()
+    provider.reply(DONE)
+    call = {"id": "x1", "type": "function", "function": {"name": "weather", "arguments": "{}"}}
+    again = assistant(None, tool_calls=[call])
+    await ask(http, up.url, "Go", again, result(call, "rainy"), again, result(call), tools=TOOLS)
+    assert [said for role, said in told(provider) if role == "tool"] == ["rainy", "sunny"]
 
 
 async def test_a_conversation_that_the_client_tells_otherwise_is_another_one(
@@ -549,7 +591,57 @@ async def test_results_with_a_key_have_the_answer_of_before(
     assert len(provider.requests) == 2
 
 
+@pytest.mark.parametrize("headers", [{"Idempotency-Key": "k1"}, RETRY], ids=["key", "retry"])
+@pytest.mark.parametrize("there", [{}, CHAT_1], ids=["once", "in a conversation"])
+async def test_the_same_results_at_the_same_time_are_handed_in_once(
+    start_gateway: Gateways, http: Http, provider: Provider, headers: Any, there: Any
+) -> None:
+    provider.reply(Reply(calls=[WEATHER]), DONE)
+    up = await start_gateway()
+    answer = await ask(http, up.url, "Go", headers=there, tools=TOOLS)
+    said = ["Go", *results(answer)]
+    same = [ask(http, up.url, *said, headers={**there, **headers}, tools=TOOLS) for _ in range(3)]
+    one, *others = await asyncio.gather(*same)
+    assert (others, content(one)) == ([one, one], "It is sunny.")
+    assert len(provider.requests) == 2
+
+
 # -- what cannot be
+
+
+CALL: Final = {"id": "x1", "type": "function", "function": {"name": "a", "arguments": "{}"}}
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        *(5, True, "x1", {"x1": CALL}, [5], [{**CALL, "id": 5}], [CALL, CALL]),
+        *([{**CALL, "function": wrong}] for wrong in ("a", 5, ["a"], {}, {"name": "a"})),
+    ],
+    ids=str,
+)
+async def test_calls_that_are_none_are_refused_by_their_place(
+    start_gateway: Gateways, http: Http, provider: Provider, made: Any
+) -> None:
+    up = await start_gateway()
+    error = await refused(http, up.url, "Hi", assistant(None, tool_calls=made), "Go")
+    assert error["param"] == "messages"
+    assert "'messages.1.tool_calls" in error["message"]
+    assert not provider.requests
+
+
+async def test_characters_count_as_what_they_are(
+    start_gateway: Gateways, http: Http, provider: Provider
+) -> None:
+    up = await start_gateway()
+    provider.reply(DONE)
+    wrote = json.dumps({"city": "я" * 200_000}, ensure_ascii=False)
+    call = {**CALL, "function": {"name": "a", "arguments": wrote}}
+    tools = [tool(description="я" * 200_000)]
+    said = [user("Go"), assistant(None, tool_calls=[call]), result(call)]
+    body = json.dumps({"messages": said, "tools": tools}, ensure_ascii=False).encode()
+    async with http.post(f"{up.url}{CHAT}", data=io.BytesIO(body)) as response:
+        assert content(await response.json()) == "It is sunny."
 
 
 async def test_results_that_do_not_fit_the_calls_are_refused_by_name(
