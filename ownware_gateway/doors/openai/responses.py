@@ -16,22 +16,18 @@ from aiohttp import web
 from ownware_gateway import sse
 from ownware_gateway.approvals import Decision
 from ownware_gateway.auth import CALLER
-from ownware_gateway.doors.openai.bodies import Conversation, read_json
-from ownware_gateway.doors.openai.errors import refuse
-from ownware_gateway.doors.openai.given import input_items
-from ownware_gateway.doors.openai.handlers import (
+from ownware_gateway.doors.openai.asking import (
     Ask,
-    Handlers,
-    Told,
-    check_limited,
     conversation_name,
-    dumps,
     fingerprint_of,
     is_helper,
     owner_of,
-    told_of,
     with_door,
 )
+from ownware_gateway.doors.openai.bodies import Conversation, read_json
+from ownware_gateway.doors.openai.errors import refuse
+from ownware_gateway.doors.openai.given import input_items
+from ownware_gateway.doors.openai.handlers import Handlers, told_of
 from ownware_gateway.doors.openai.items import (
     Before,
     Items,
@@ -51,6 +47,7 @@ from ownware_gateway.doors.openai.response_bodies import (
     parse_response,
     read_input,
 )
+from ownware_gateway.doors.openai.telling import Told, check_limited, dumps
 from ownware_gateway.doors.openai.tools import Place, call_id
 from ownware_gateway.engine import Started, options_of
 from ownware_gateway.errors import GatewayError
@@ -158,7 +155,7 @@ class Responses(Handlers):
         if body.previous_response_id is not None:
             return await self._go_on(request, ask, body.previous_response_id)
         if ask.name is None:
-            if (handed_in := await self._hand_in_once(ask)) is not None:
+            if (handed_in := await self._waiting.hand_in_once(ask)) is not None:
                 return Told(handed_in)
             start = self._start_of(ask, hidden=not body.store)
             return told_of(await self._engine.start(start), ask)
@@ -173,12 +170,12 @@ class Responses(Handlers):
         run, shape, after = await self._response_of(told)
         sent = {"X-Run-Id": run.id, **headers}
         if body.stream:
-            return await self._stream(request, run, ResponseFrames(shape), after, sent)
+            return await self._telling.stream(request, run, ResponseFrames(shape), after, sent)
         if body.background:
             items = await self._now(run, shape, after)
         else:
             items = Items(shape)
-            await self._read_whole(request, run, items, after)
+            await self._telling.read_whole(request, run, items, after)
         return web.json_response(items.response(), headers=sent, dumps=dumps)
 
     # -- going on
@@ -245,10 +242,10 @@ class Responses(Handlers):
         if run is None:
             raise GatewayError("run_not_found", "The run has been deleted.")
         decision = Decision(approval.approve, reason=approval.reason)
-        return await self._decide(asked.thread_id, run.id, asked.request_id, decision)
+        return await self._waiting.decide(asked.thread_id, run.id, asked.request_id, decision)
 
     async def _open_question(self, run: Run) -> str | None:
-        pending = await self._pending(run)
+        pending = await self._waiting.pending(run)
         return pending[0].request_id if pending else None
 
     async def _asked_after(self, run: Run, after: int) -> str | None:
@@ -276,9 +273,9 @@ class Responses(Handlers):
         starting_after = _whole_number(request, "starting_after", -1, 2**53)
         seen = (0, 0)
         if cursor := request.headers.get("Last-Event-ID"):
-            seen = await self._seen(run, cursor)
+            seen = await self._telling.seen(run, cursor)
         frames = ResponseFrames(shape, starting_after, seen)
-        return await self._stream(request, run, frames, after, {"X-Run-Id": run.id})
+        return await self._telling.stream(request, run, frames, after, {"X-Run-Id": run.id})
 
     async def cancel(self, request: web.Request) -> web.StreamResponse:
         """Stop the run that answers; return the response as it is then."""
@@ -291,7 +288,7 @@ class Responses(Handlers):
         items = Items(shape)
         with suppress(TimeoutError):
             async with asyncio.timeout(CANCEL_S):
-                await self._streamer.while_there(request, self._read(items, run, after))
+                await self._streamer.while_there(request, self._telling.read(items, run, after))
         return web.json_response(items.response(), dumps=dumps)
 
     async def delete(self, request: web.Request) -> web.StreamResponse:
@@ -402,7 +399,7 @@ class Responses(Handlers):
         items, begun = Items(shape), False
         try:
             while (chunk := await self._log.chunk(run.stream, after)) is not None:
-                await self._bring_arguments(run, chunk, items.answer)
+                await self._telling.bring_arguments(run, chunk, items.answer)
                 for sent in sse.split(chunk.data):
                     items.take(sent)
                     begun = True
