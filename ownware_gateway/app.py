@@ -155,12 +155,15 @@ async def gateway(settings: Settings) -> AsyncIterator[Gateway]:
         listener = _listen(settings)
         stack.callback(listener.close)
         masker = Masker({*settings.secrets, token})
-        servers = _servers(settings, data_dir, workspace, masker, clock_ms)
+        watchdog = Watchdog()
+        # The last of those who have processes: what is still there then is killed.
+        stack.push_async_callback(asyncio.to_thread, watchdog.close)
+        given = _given(settings, workspace, masker, clock_ms, watchdog)
+        servers = _servers(settings, data_dir, given)
         stack.push_async_callback(servers.close)
         services = _services(settings, data_dir, masker, servers)
         stack.push_async_callback(services.close)
-        own = _own_tools(settings, workspace, masker)
-        stack.push_async_callback(own.close)
+        own = _own_tools(settings, workspace, masker, watchdog)
         known = tools(settings)
         knowledge, spawning = Knowledge(masker, clock_ms), Spawning()
         brought = {**knowledge.known(), **spawning.known()}
@@ -184,6 +187,7 @@ async def gateway(settings: Settings) -> AsyncIterator[Gateway]:
             workspace=workspace,
             data_dir=data_dir.path,
             environment=child_environment(settings),
+            watchdog=watchdog,
             clock_ms=clock_ms,
             new_id=new_id,
         )
@@ -273,24 +277,28 @@ async def gateway(settings: Settings) -> AsyncIterator[Gateway]:
         )
 
 
-def _servers(
+def _given(
     settings: Settings,
-    data_dir: DataDir,
     workspace: Path,
     masker: Masker,
     clock_ms: Callable[[], int],
-) -> Supervisor:
-    """Return what keeps the MCP servers; raises BootError when a file of them is wrong."""
-    given = Given(
+    watchdog: Watchdog,
+) -> Given:
+    """Return what MCP servers get."""
+    return Given(
         # What is set for tools goes to no server that was not given it.
         environment=child_environment(dataclasses.replace(settings, tool_env=())),
         folder=workspace,
         lookup=own_variable,
         masker=masker,
         clock_ms=clock_ms,
-        watchdog=Watchdog(),
+        watchdog=watchdog,
         tasks=set(),
     )
+
+
+def _servers(settings: Settings, data_dir: DataDir, given: Given) -> Supervisor:
+    """Return what keeps the MCP servers; raises BootError when a file of them is wrong."""
     files = ServerFiles(data_dir.path / FILE_NAME, _file(settings.mcp_config))
     return Supervisor(files, given)
 
@@ -303,10 +311,10 @@ def _services(
     return Registry(files, own_variable, masker, servers.names)
 
 
-def _own_tools(settings: Settings, workspace: Path, masker: Masker) -> OwnTools:
+def _own_tools(settings: Settings, workspace: Path, masker: Masker, watchdog: Watchdog) -> OwnTools:
     """Return what runs the Python functions of profiles."""
     environment = child_environment(dataclasses.replace(settings, tool_env=()))
-    given = OwnGiven(environment, workspace, own_variable, masker, Watchdog())
+    given = OwnGiven(environment, workspace, own_variable, masker, watchdog)
     return OwnTools(trust(settings), given)
 
 

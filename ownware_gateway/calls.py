@@ -35,6 +35,7 @@ from ownware_gateway.permissions import (
     operation_hash,
     stricter,
 )
+from ownware_gateway.processes import Watchdog
 from ownware_gateway.profile import SEPARATOR, SPAWN, Profile
 from ownware_gateway.tools import (
     Context,
@@ -92,6 +93,7 @@ class Parts(NamedTuple):
     workspace: Path
     data_dir: Path
     environment: Mapping[str, str]
+    watchdog: Watchdog
     clock_ms: Callable[[], int]
     new_id: Callable[[str], str]
 
@@ -491,7 +493,10 @@ class Calls:
                 ]
             )
 
-        context = Context(self._parts.workspace, self._parts.environment, progress, kept=self._kept)
+        parts = self._parts
+        context = Context(
+            parts.workspace, parts.environment, progress, self._kept, watchdog=parts.watchdog
+        )
         try:
             async with asyncio.timeout(tool.timeout_s):
                 return await tool.call(context, arguments)

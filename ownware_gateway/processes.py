@@ -3,7 +3,7 @@
 A child that is started in a session of its own, with a mark in its environment, is found with
 everything that it started, also what left the session (where there is a /proc).
 
-Run as a script this is the watchdog: it kills the sessions that it was told of when its standard
+Run as a script this is the watchdog: it kills the processes that it was told of when its standard
 input ends, which happens however the gateway dies. It uses nothing but the standard library.
 """
 
@@ -21,7 +21,8 @@ SWEEPS_MAX: Final = 10
 SWEEP_PAUSE_S: Final = 0.002
 LOOKS_IN_VAIN: Final = 2
 
-#: How long the watchdog gives servers, whose input has ended with the gateway, to leave.
+#: How long the watchdog gives what may leave by itself: servers whose input has ended with the
+#: gateway.
 ORPHANS_GRACE_S: Final = 1.0
 
 _PROC: Final = Path("/proc")
@@ -36,14 +37,15 @@ def signal_group(leader: int, number: int) -> None:
         os.killpg(leader, number)
 
 
-def sweep(session: int, mark: bytes) -> int:
+def sweep(session: int | None, mark: bytes) -> int:
     """Kill the processes of a session or with a mark until none is left; return how many.
 
     `mark` is `NAME=value` as it stands in the environment. Where there is no /proc only the process
     group that is named like the session is killed, and 0 is returned. Blocks for some milliseconds.
     """
     if not (_PROC / "self" / "stat").exists():
-        signal_group(session, signal.SIGKILL)
+        if session is not None:
+            signal_group(session, signal.SIGKILL)
         return 0
     seen: set[int] = set()
     looks_in_vain = 0
@@ -61,7 +63,7 @@ def sweep(session: int, mark: bytes) -> int:
     return len(seen)
 
 
-def _belongs(name: str, session: int, mark: bytes) -> bool:
+def _belongs(name: str, session: int | None, mark: bytes) -> bool:
     """Whether this entry of /proc is a live process of the session or with the mark, see proc(5).
 
     The name of the program, which may hold anything, stands in parentheses before the fields.
@@ -91,8 +93,12 @@ class Watchdog:
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
 
-    def watch(self, session: int, mark: str) -> None:
-        """Have a session killed when this process dies."""
+    def watch(self, session: int | None, mark: str, *, leaves: bool = False) -> None:
+        """Have what has a mark killed when this process dies, and its session once that is known.
+
+        That is a little later where it `leaves` by itself. Raises OSError when there is nobody to
+        do so.
+        """
         if self._process is None or self._process.poll() is not None:
             self._process = subprocess.Popen(  # noqa: S603 - this file
                 [sys.executable, "-I", "-S", __file__],
@@ -103,11 +109,11 @@ class Watchdog:
                 cwd="/",
                 start_new_session=True,
             )
-        self._tell(f"+ {session} {mark}\n")
+        self._tell(f"{'~' if leaves else '+'} {session or 0} {mark}\n")
 
-    def forget(self, session: int) -> None:
-        """Leave a session alone: it has ended, and its number may become another's."""
-        self._tell(f"- {session} \n")
+    def forget(self, mark: str) -> None:
+        """Leave it alone: it has ended, and the number of its session may become another's."""
+        self._tell(f"- 0 {mark}\n")
 
     def close(self) -> None:
         """End the watchdog; what it still watches is killed."""
@@ -131,17 +137,19 @@ def _stand_by() -> None:
     """Take sessions from standard input; kill what is left of them when it ends."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    watched: dict[int, bytes] = {}
+    watched: dict[str, tuple[int | None, bool]] = {}
     for line in sys.stdin:
         sign, session, mark = line.rstrip("\n").split(" ", 2)
-        if sign == "+":
-            watched[int(session)] = mark.encode()
+        if sign == "-":
+            watched.pop(mark, None)
         else:
-            watched.pop(int(session), None)
-    if watched:
-        time.sleep(ORPHANS_GRACE_S)
-    for session_id, its_mark in watched.items():
-        sweep(session_id, its_mark)
+            watched[mark] = int(session) or None, sign == "~"
+    for later in (False, True):
+        left = [(leader, mark) for mark, (leader, leaves) in watched.items() if leaves is later]
+        if left and later:
+            time.sleep(ORPHANS_GRACE_S)
+        for its_leader, its_mark in left:
+            sweep(its_leader, its_mark.encode())
 
 
 if __name__ == "__main__":

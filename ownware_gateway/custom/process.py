@@ -343,7 +343,7 @@ class _Process:
             self._loop.call_soon_threadsafe(self._end)
 
     def _end(self) -> None:
-        self._watchdog.forget(self._process.pid)
+        self._watchdog.forget(f"{MARK}={self._mark}")
         self._finished.set_result(None)
         self._moved.set()
 

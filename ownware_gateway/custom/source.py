@@ -1,6 +1,5 @@
 """The own tools of profiles, for runs: what knows them is loaded with the first that may be run."""
 
-import asyncio
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -19,10 +18,6 @@ class OwnTools:
         self._trust = trust
         self._given = given
         self._keeper: Keeper | None = None
-
-    async def close(self) -> None:
-        """End what is left of calls; the engine has ended those that it made."""
-        await asyncio.to_thread(self._given.watchdog.close)
 
     async def connect(self, profile: Profile) -> None:
         """Read and describe the profile's tools, unless that was done with these very files."""

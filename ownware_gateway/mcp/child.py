@@ -92,7 +92,7 @@ class Child(asyncio.SubprocessProtocol):
             start_new_session=True,
         )
         try:
-            watchdog.watch(child.pid, f"{MARK}={child._mark}")
+            watchdog.watch(child.pid, f"{MARK}={child._mark}", leaves=True)
         except BaseException:
             # Nobody would look after it.
             await child.close()
@@ -159,7 +159,7 @@ class Child(asyncio.SubprocessProtocol):
                 self._transport.close()
                 await _within(self._closed, KILL_WAIT_S)
                 if self._watchdog is not None:
-                    self._watchdog.forget(self.pid)
+                    self._watchdog.forget(f"{MARK}={self._mark}")
 
     def _signal(self, number: signal.Signals) -> None:
         # Once it is reaped its number may belong to another: the sweep sees to the rest.

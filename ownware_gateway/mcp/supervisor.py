@@ -34,7 +34,7 @@ class Supervisor:
         self._ends: set[asyncio.Task[None]] = set()
 
     async def close(self) -> None:
-        """End every server, and the watchdog."""
+        """End every server."""
         for end in self._ends:
             end.cancel()
         keepers = {*self._keepers.values(), *self._retiring}
@@ -43,7 +43,6 @@ class Supervisor:
             _, late = await asyncio.wait(left, timeout=CLOSE_S)
             for task in late:
                 task.cancel()
-        await asyncio.to_thread(self._given.watchdog.close)
 
     def names(self) -> list[str]:
         """Return the names of the gateway's servers, started or not."""

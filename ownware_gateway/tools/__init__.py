@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, NamedTuple, Protocol
 
 from ownware_gateway.masking import without_begun
+from ownware_gateway.processes import Watchdog
 
 if TYPE_CHECKING:
     from ownware_gateway.profile import Profile
@@ -116,13 +117,15 @@ class Context:
 
     `workspace` is the only folder that file tools may touch; `environment` is all that a child
     process gets of the gateway's own; `progress` takes a line for people who watch; `kept` returns
-    the whole output of an earlier call of this conversation, None where none was kept.
+    the whole output of an earlier call of this conversation, None where none was kept; `watchdog`
+    kills child processes that outlive the gateway.
     """
 
     workspace: Path
     environment: Mapping[str, str] = field(default_factory=dict)
     progress: Callable[[str], None] = lambda line: None
     kept: Callable[[str], Awaitable[str | None]] = _nothing_kept
+    watchdog: Watchdog | None = None
 
 
 @dataclass(frozen=True, slots=True)

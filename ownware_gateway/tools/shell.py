@@ -102,20 +102,35 @@ class _Command:
         self._kept = _Kept()
         self._progress = _Progress(context.progress)
         self._mark = uuid.uuid4().hex
+        self._watchdog = context.watchdog
         self._flooded = False
         self._limit_s: float | None = None
         self._left_over = 0
         self._pipe, write_end = os.pipe()
+        # Before it runs: it may be done with its worst before anybody looks again.
+        self._watch(None)
         try:
             self._process = self._start(context, command, write_end)
         except BaseException:
             os.close(self._pipe)
+            self._forget()
             raise
         finally:
             os.close(write_end)
         os.set_blocking(self._pipe, False)
         self._loop.add_reader(self._pipe, self._read)
+        self._watch(self._process.pid)
         threading.Thread(target=self._reap, name="shell-reaper", daemon=True).start()
+
+    def _watch(self, session: int | None) -> None:
+        # Without anybody who watches it runs all the same.
+        with suppress(OSError):
+            if self._watchdog is not None:
+                self._watchdog.watch(session, f"{MARK}={self._mark}")
+
+    def _forget(self) -> None:
+        if self._watchdog is not None:
+            self._watchdog.forget(f"{MARK}={self._mark}")
 
     def _start(self, context: Context, command: str, write_end: int) -> subprocess.Popen[bytes]:
         try:
@@ -221,6 +236,7 @@ class _Command:
         self._process.wait()
         self._drained.wait(PIPE_GRACE_S)
         self._left_over = sweep(self._process.pid, f"{MARK}={self._mark}".encode())
+        self._forget()
         with suppress(RuntimeError):  # The loop is closed when the gateway has stopped.
             self._loop.call_soon_threadsafe(self._finished.set_result, None)
 

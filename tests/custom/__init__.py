@@ -45,7 +45,7 @@ async def own_tools(
     try:
         yield own, read
     finally:
-        await own.close()
+        await asyncio.to_thread(given.watchdog.close)
 
 
 def ends(said: list[dict[str, Any]]) -> dict[str, tuple[str, bool]]:

@@ -62,3 +62,26 @@ async def test_a_call_that_a_kill_cut_off_is_not_made_again_unless_it_is_safe(
         assert len(pids(file)) == 2 * begun
         assert follower.events[-1]["status"] == "succeeded"
     await gone(file, 2 * begun)
+
+
+async def test_a_command_that_a_kill_cut_off_does_not_live_on_beside_what_comes_after_it(
+    tmp_path: Path, provider: Provider
+) -> None:
+    file = tmp_path / "pids"
+    command = f"trap '' TERM HUP PIPE; (sleep 600) & echo $! >> {file}; echo $$ >> {file}; wait"
+    provider.reply(Reply(calls=[Call("shell_execute", {"command": command})]), Reply(text=["done"]))
+    environment = {"OPENAI_BASE_URL": provider.base_url, "OPENAI_API_KEY": FAKE_KEY}
+    async with (
+        aiohttp.ClientSession() as http,
+        served(tmp_path, environment=environment) as gateway,
+    ):
+        write_profile(gateway.profiles, "mine", security=AUTO)
+        follower = Follower(http, gateway, await start(http, gateway, "go", profile="mine"))
+        await written(file, 2)
+        gateway.kill()
+        await gateway.died(1)
+        await gone(file, 2)
+        await follower.follow()
+        (end,) = (event for event in follower.events if event["type"] == "tool.call.end")
+        assert "Interrupted: the gateway stopped" in end["result"]
+        assert len(pids(file)) == 2

@@ -41,11 +41,12 @@ async def test_a_tool_that_a_run_still_holds_does_not_bring_a_removed_server_bac
     assert pids(tmp_path / "pids") == started
     async with asyncio.timeout(PATIENCE_S):
         await servers.close()
+    watched.watchdog.close()
 
 
 async def test_a_server_that_cannot_be_watched_is_not_left_running(tmp_path: Path) -> None:
     class Blind(Watchdog):
-        def watch(self, pid: int, mark: str) -> None:
+        def watch(self, session: int | None, mark: str, *, leaves: bool = False) -> None:
             raise OSError(24, "Too many open files")
 
     program = f"import os, sys, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))"
