@@ -206,7 +206,12 @@ class Engine:
         run_id = self._parts.new_id("run")
         stream = Stream(wanted.thread_id or self._parts.new_id("thread"))
         attachments = [
-            Attachment(filename=item.filename, mime_type=item.mime_type, size_bytes=len(item.data))
+            Attachment(
+                filename=item.filename,
+                mime_type=item.mime_type,
+                size_bytes=len(item.data),
+                detail=item.detail,
+            )
             for item in wanted.files
         ]
         message = UserMessage(

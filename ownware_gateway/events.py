@@ -123,11 +123,15 @@ class Usage(Wire):
 
 
 class Attachment(Wire):
-    """A file that came with a message; its bytes are kept beside the log, not in it."""
+    """A file that came with a message; its bytes are kept beside the log, not in it.
+
+    `detail` is there for an image that is to be looked at more or less closely than usual.
+    """
 
     filename: str
     mime_type: str
     size_bytes: int
+    detail: str | None = Field(default=None, exclude_if=lambda value: value is None)
 
 
 class Fallback(Wire):

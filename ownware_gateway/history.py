@@ -96,7 +96,12 @@ def _run(
 ) -> list[Event]:
     run_id, now = teller.new_id("run"), teller.now_ms
     attachments = [
-        Attachment(filename=item.filename, mime_type=item.mime_type, size_bytes=len(item.data))
+        Attachment(
+            filename=item.filename,
+            mime_type=item.mime_type,
+            size_bytes=len(item.data),
+            detail=item.detail,
+        )
         for item in asked.files
     ]
     events: list[Event] = [

@@ -465,7 +465,7 @@ async def load(
     for run in runs:
         run.copied = thread is not None and run.seq <= thread.history_to
         run.files = [
-            File(item.filename, item.mime_type, body)
+            File(item.filename, item.mime_type, body, item.detail)
             for item, body in zip(
                 run.message.attachments or (), attached.get(run.seq, ()), strict=False
             )

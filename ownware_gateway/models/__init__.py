@@ -22,11 +22,16 @@ RetryReason = Literal["rate_limit", "provider_error", "connection"]
 
 @dataclass(frozen=True, slots=True)
 class File:
-    """The bytes of an attachment."""
+    """The bytes of an attachment.
+
+    `detail` is how closely a model is to look at an image, `low` or `high`; None leaves it to the
+    model.
+    """
 
     filename: str
     mime_type: str
     data: bytes
+    detail: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -131,6 +131,7 @@ class Anthropic:
             # It takes a schema and no free JSON.
             "response_format": form is not None and form["type"] != "json_schema",
             "input_audio": any(file.mime_type.startswith("audio/") for file in files),
+            "detail": any(file.detail is not None for file in files),
             # A model that thinks decides itself what it calls.
             "tool_choice": request.tool_choice is not None and thinks,
         }

@@ -140,6 +140,7 @@ class Demo:
         asked = {
             "response_format": request.response_format is not None,
             "input_audio": deaf,
+            "detail": any(file.detail is not None for file in files),
             "tool_choice": request.tool_choice is not None,
         }
         return [name for name, wanted in asked.items() if wanted]

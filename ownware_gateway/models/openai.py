@@ -140,7 +140,8 @@ class OpenAI:
 
     def unable(self, request: Request) -> Sequence[str]:
         """Return what this model cannot honour; see `Model.unable`."""
-        deaf = self.provider == "ollama" or (
+        ollama = self.provider == "ollama"
+        deaf = ollama or (
             self.provider == "openai"
             and _OPENAIS.match(request.model) is not None
             and "audio" not in request.model
@@ -148,10 +149,10 @@ class OpenAI:
         formats = {audio_format(file) for file in files_of(request) if is_audio(file)}
         asked = {
             "input_audio": bool(formats) and (deaf or None in formats),
-            # Its server takes the fields and does nothing with them.
-            "tool_choice": self.provider == "ollama" and request.tool_choice is not None,
-            "parallel_tool_calls": self.provider == "ollama"
-            and request.parallel_tool_calls is False,
+            # Its server takes these fields and does nothing with them.
+            "detail": ollama and wants_detail(request),
+            "tool_choice": ollama and request.tool_choice is not None,
+            "parallel_tool_calls": ollama and request.parallel_tool_calls is False,
         }
         return [name for name, wanted in asked.items() if wanted]
 
@@ -258,7 +259,8 @@ def _file(file: File) -> dict[str, Any]:
     if kind.startswith("text/") or kind.endswith(("json", "xml", "yaml")):
         return {"type": "text", "text": _fenced(file)}
     if kind.startswith("image/"):
-        return {"type": "image_url", "image_url": {"url": _data_uri(kind, file.data)}}
+        detail = {} if file.detail is None else {"detail": file.detail}
+        return {"type": "image_url", "image_url": {"url": _data_uri(kind, file.data), **detail}}
     if kind == "application/pdf":
         data = _data_uri(kind, file.data)
         return {"type": "file", "file": {"filename": file.filename, "file_data": data}}
@@ -281,6 +283,11 @@ def files_of(request: Request) -> list[File]:
     """Return all files that people have sent in the conversation."""
     turns = [turn for turn in request.messages if isinstance(turn, UserTurn)]
     return [file for turn in turns for file in turn.files]
+
+
+def wants_detail(request: Request) -> bool:
+    """Whether an image is to be looked at more or less closely than the model would."""
+    return any(file.detail is not None for file in files_of(request))
 
 
 def is_audio(file: File) -> bool:

@@ -223,7 +223,8 @@ def _part(part: dict[str, Any]) -> dict[str, Any]:
     """Return a part of a Chat Completions message as this API names it."""
     match part["type"]:
         case "image_url":
-            return {"type": "input_image", "image_url": part["image_url"]["url"]}
+            image = dict(part["image_url"])
+            return {"type": "input_image", "image_url": image.pop("url"), **image}
         case "file":
             return {"type": "input_file", **part["file"]}
         case "input_audio":

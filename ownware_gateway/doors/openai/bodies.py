@@ -5,6 +5,7 @@ import binascii
 import json
 import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Annotated, Any, Final, Literal, NamedTuple, TypeVar
 
 from aiohttp import web
@@ -55,6 +56,7 @@ NEUTRAL: Final[Mapping[str, Sequence[Any]]] = {
     "function_call": ("auto", "none"),
     "prompt_cache_key": ("*",),
     "prompt_cache_retention": ("*",),
+    "prediction": ("*",),
 }
 
 #: Why some of the others are refused.
@@ -483,18 +485,22 @@ class _Reader:
         return (_audio if kind == "input_audio" else _document)(given, where, self._files)
 
     async def _image(self, given: Mapping[str, Any], where: str, number: int) -> File:
-        url = given.get("url")
-        if given.get("detail") not in (None, "auto"):
-            raise refuse("messages", f"The field '{where}.image_url.detail' can only be auto.")
+        url, detail = given.get("url"), given.get("detail")
+        if detail not in (None, "auto", "low", "high"):
+            raise refuse(
+                "messages", f"The field '{where}.image_url.detail' must be auto, low or high."
+            )
+        detail = None if detail == "auto" else detail
         if not isinstance(url, str):
             raise refuse("messages", f"The field '{where}.image_url.url' is required.")
         if not url.startswith("data:"):
-            return await self._fetch(url, where)
+            return replace(await self._fetch(url, where), detail=detail)
         mime_type, data = _data_uri(url, f"{where}.image_url.url")
         if not mime_type.startswith("image/"):
             raise refuse("messages", f"The field '{where}' is {mime_type} and no image.")
         extension = mime_type.removeprefix("image/")
-        return File(f"image-{number}.{_EXTENSIONS.get(extension, extension)}", mime_type, data)
+        name = f"image-{number}.{_EXTENSIONS.get(extension, extension)}"
+        return File(name, mime_type, data, detail)
 
 
 def _audio(given: Mapping[str, Any], where: str, number: int) -> File:

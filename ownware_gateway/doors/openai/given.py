@@ -89,5 +89,6 @@ def _given_call(event: Mapping[str, Any], arguments: str, name: str) -> list[dic
 def _file(file: Mapping[str, Any], data: bytes) -> dict[str, Any]:
     uri = f"data:{file['mimeType']};base64,{base64.b64encode(data).decode()}"
     if file["mimeType"].startswith("image/"):
-        return {"type": "input_image", "detail": "auto", "image_url": uri, "file_id": None}
+        detail = file.get("detail") or "auto"
+        return {"type": "input_image", "detail": detail, "image_url": uri, "file_id": None}
     return {"type": "input_file", "filename": file["filename"], "file_data": uri}

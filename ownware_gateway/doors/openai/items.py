@@ -8,6 +8,7 @@ The shapes are https://platform.openai.com/docs/api-reference/responses.
 """
 
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
@@ -45,6 +46,9 @@ _LOST: Final = Wrong(
 
 _PREFIX: Final = "resp_"
 _COMPLETION: Final = "chatcmpl-"
+
+#: What an item is called: its kind, its response, its place in there.
+_ITEM_ID: Final = re.compile(r"(?:msg|rs|fc|mcp)_([0-9a-z-]+)_[0-9]{1,9}", re.ASCII)
 
 #: Why a response is incomplete, by the reason that a completion would finish with.
 _INCOMPLETE: Final = {"length": "max_output_tokens", "content_filter": "content_filter"}
@@ -87,6 +91,12 @@ def parse_response_id(text: str) -> tuple[str, int | None] | None:
     if not text.startswith(_PREFIX):
         return None
     return parse_completion_id(_COMPLETION + text.removeprefix(_PREFIX))
+
+
+def response_of_item(item_id: str) -> str | None:
+    """Return the name of the response that an item of an output belongs to, None for no such."""
+    found = _ITEM_ID.fullmatch(item_id)
+    return None if found is None else f"{_PREFIX}{found[1]}"
 
 
 class Before(NamedTuple):

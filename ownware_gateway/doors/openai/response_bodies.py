@@ -21,11 +21,15 @@ from ownware_gateway.doors.openai.bodies import (
     without_neutral,
 )
 from ownware_gateway.doors.openai.errors import refuse
+from ownware_gateway.doors.openai.items import SERVER
 from ownware_gateway.doors.openai.tools import nested, read_choice, read_tools
 from ownware_gateway.errors import GatewayError
 from ownware_gateway.models import Options, UserTurn
 
 NAME_CHARS_MAX: Final = 255
+
+#: Responses that one request may name items of; each is read again.
+REFERRED_MAX: Final = 256
 
 #: Input items that one page of `input_items` may have.
 PAGE_MAX: Final = 100
@@ -38,25 +42,42 @@ _NEUTRAL: Final[Mapping[str, Sequence[Any]]] = {
             *("service_tier", "top_logprobs", "prompt_cache_key", "prompt_cache_retention"),
         )
     },
-    "include": ([],),
     "stream_options": ({}, {"include_obfuscation": False}),
     "truncation": ("auto", "disabled"),
 }
 
-#: Said to be what it is by those who bring a conversation along, and of no use here.
-_LEFT_OUT: Final = frozenset({"reasoning", "mcp_approval_request", "mcp_list_tools"})
+#: What may be asked for besides: what is there anyway, and what only items have that are never
+#: made here. Reasoning is not handed out sealed: it is kept with the run, and the model has it back
+#: with the results of its calls.
+Included = Literal[
+    "reasoning.encrypted_content",
+    "message.input_image.image_url",
+    "file_search_call.results",
+    "web_search_call.results",
+    "web_search_call.action.sources",
+    "computer_call_output.output.image_url",
+    "code_interpreter_call.outputs",
+]
 
-#: Why some others are refused.
-_WHY: Final = {"item_reference": "names an item that is not kept by itself; send the item"}
+#: Said to be what it is by those who bring a conversation along, and of no use here.
+_LEFT_OUT: Final = frozenset(
+    {"reasoning", "mcp_approval_request", "mcp_approval_response", "mcp_list_tools"}
+)
+
+#: How a client says that it knows of the gateway's own tools, which are there anyway.
+_OWN: Final = {"type": "mcp", "server_label": SERVER}
+
+#: What only a model, or the gateway for it, has said: a person's answer before it is history.
+_MADE_HERE: Final = frozenset({"reasoning", "mcp_call", "function_call"})
 
 _PLACE: Final = re.compile(r"messages\.(\d+)")
 
 
 class Reasoning(Body):
-    """How a model is to reason; what it thinks is told as it is, so no summary is made."""
+    """How a model is to reason; all that it tells of its thoughts is told, so no less is asked."""
 
     effort: Literal["none", "low", "medium", "high"] | None = None
-    summary: Literal["auto"] | None = None
+    summary: Literal["auto", "detailed"] | None = None
 
 
 class Text(Body):
@@ -83,6 +104,7 @@ class ResponseBody(Body):
     store: bool = True
     background: bool = False
     stream: bool = False
+    include: list[Included] = Field(default_factory=list)
     temperature: float | None = Field(default=None, ge=0, le=2, allow_inf_nan=False)
     top_p: float | None = Field(default=None, ge=0, le=1, allow_inf_nan=False)
     max_output_tokens: int | None = Field(default=None, gt=0, le=2**31)
@@ -109,7 +131,7 @@ class ResponseBody(Body):
         """
         effort = self.reasoning.effort if self.reasoning is not None else None
         with _named_flat():
-            tools = read_tools([nested(item) for item in self.tools])
+            tools = read_tools([nested(item) for item in self.tools if item != _OWN])
             choice = read_choice(nested(self.tool_choice), tools)
         if self.tool_choice == "none":
             tools = ()
@@ -141,7 +163,7 @@ class ResponseBody(Body):
             "store": None if self.store else False,
             "temperature": self.temperature,
             "text": _told_format(self.text),
-            "tools": [_told_tool(item) for item in self.tools] or None,
+            "tools": [_told_tool(item) for item in self.tools if item != _OWN] or None,
             "top_p": self.top_p,
             "user": self.user,
         }
@@ -224,6 +246,14 @@ def _named_flat() -> Iterator[None]:
         raise
 
 
+def referred(item: Mapping[str, Any]) -> str | None:
+    """Return the id of the item that one only names; None for one that is what it says."""
+    kind, said = item.get("type"), {name for name in item if item[name] is not None}
+    if kind != "item_reference" and said != {"id"}:
+        return None
+    return str(item.get("id"))
+
+
 def bare_results(body: ResponseBody) -> list[str]:
     """Return the calls of which the input has the result and not the call."""
     items = [] if isinstance(body.input, str) else body.input
@@ -252,6 +282,9 @@ async def read_input(
             # What a model said and the calls that it wanted then are one answer.
             messages[-1].setdefault("tool_calls", []).extend(made[0]["tool_calls"])
             continue
+        if _is_said_with_calls(made, messages):
+            messages[-1]["content"] = made[0]["content"]  # Some clients put it behind the calls.
+            continue
         messages += made
         places += [index] * len(made)
     if not messages:
@@ -271,11 +304,21 @@ def _is_answer(messages: Sequence[Mapping[str, Any]]) -> bool:
     return bool(messages) and messages[-1]["role"] == "assistant"
 
 
+def _is_said_with_calls(
+    made: Sequence[Mapping[str, Any]], before: Sequence[Mapping[str, Any]]
+) -> bool:
+    """Whether an item is what a model said with the calls before it, which have no result yet."""
+    if not made or not _is_answer(made) or not _is_answer(before):
+        return False
+    return bool(before[-1].get("tool_calls")) and before[-1]["content"] is None
+
+
 def _of_input(message: str, places: Sequence[int]) -> str:
     """Return a sentence about messages as one about the items that they were."""
     message = _PLACE.sub(lambda found: f"input.{places[int(found[1])]}", message)
     for theirs, ours in (
         (".image_url.url", ".image_url"),
+        (".image_url.detail", ".detail"),
         (".file.file_data", ".file_data"),
         (".tool_call_id", ".call_id"),
         ("The last message", "The last item of 'input'"),
@@ -287,8 +330,13 @@ def _of_input(message: str, places: Sequence[int]) -> str:
 
 
 def _approval(items: Sequence[Mapping[str, Any]]) -> Approval | None:
-    """Return the answer that the items are, if one of them is. Raises GatewayError."""
-    answers = [item for item in items if item.get("type") == "mcp_approval_response"]
+    """Return the answer that the items are, if one of them is. Raises GatewayError.
+
+    What the model has said something after was answered before.
+    """
+    made = [at for at, item in enumerate(items, 1) if _is_made_here(item)]
+    since = items[max(made, default=0) :]
+    answers = [item for item in since if item.get("type") == "mcp_approval_response"]
     if not answers:
         return None
     item = answers[0]
@@ -309,6 +357,10 @@ def _approval(items: Sequence[Mapping[str, Any]]) -> Approval | None:
     return Approval(request_id, approve, reason[:1000])
 
 
+def _is_made_here(item: Mapping[str, Any]) -> bool:
+    return str(item.get("type")) in _MADE_HERE or item.get("role") == "assistant"
+
+
 def _messages(item: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
     """Return an item as messages of a completion. Raises GatewayError."""
     kind = str(item.get("type", "message"))
@@ -327,9 +379,18 @@ def _messages(item: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
         return [asked, {"role": "tool", "tool_call_id": call_id, "content": result}]
     if kind == "function_call_output":
         output = _parts(item.get("output"), f"{where}.output")
+        for index, part in enumerate(output if isinstance(output, list) else ()):
+            if part["type"] != "text":
+                raise refuse(
+                    "input",
+                    f"The field '{where}.output.{index}' must be of type input_text: what a tool "
+                    "of the client returns is told to the model as text.",
+                )
         return [{"role": "tool", "tool_call_id": item.get("call_id"), "content": output}]
-    why = _WHY.get(kind, "is nothing that this gateway makes or takes")
-    raise refuse("input", f"The field '{where}.type' {why}: {kind[:100]!r}.")
+    raise refuse(
+        "input",
+        f"The field '{where}.type' is nothing that this gateway makes or takes: {kind[:100]!r}.",
+    )
 
 
 def _failure(item: Mapping[str, Any]) -> str:

@@ -9,7 +9,7 @@ import contextlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from typing import Any, Final
+from typing import Any, Final, get_args
 
 from aiohttp import web
 
@@ -36,16 +36,20 @@ from ownware_gateway.doors.openai.items import (
     before,
     parse_response_id,
     response_id,
+    response_of_item,
 )
 from ownware_gateway.doors.openai.readers import Reading
 from ownware_gateway.doors.openai.response_bodies import (
     PAGE_MAX,
+    REFERRED_MAX,
     Approval,
+    Included,
     ResponseBody,
     bare_results,
     only_new,
     parse_response,
     read_input,
+    referred,
 )
 from ownware_gateway.doors.openai.telling import Told, check_limited, dumps
 from ownware_gateway.doors.openai.tools import Place, call_id
@@ -90,6 +94,7 @@ class Responses(Handlers):
             await self._thread_behind(body.previous_response_id),
             route="POST /v1/responses",
         )
+        body = await self._with_items(body)
         called = await self._called(ask, body)
         given = await self._streamer.while_there(request, read_input(body, self._fetch, called))
         said = given if isinstance(given, Conversation) else _NOTHING
@@ -116,6 +121,48 @@ class Responses(Handlers):
             return None
         run, _ = await self._found(previous, "previous_response_id")
         return run.thread_id
+
+    async def _with_items(self, body: ResponseBody) -> ResponseBody:
+        """Return the request with the items that it only names; raises GatewayError."""
+        if isinstance(body.input, str) or not any(map(referred, body.input)):
+            return body
+        outputs: dict[str, Mapping[str, Any]] = {}
+        items: list[dict[str, Any]] = []
+        for index, item in enumerate(body.input):
+            if (name := referred(item)) is None:
+                items.append(item)
+                continue
+            try:
+                items.append(await self._item(name, outputs))
+            except GatewayError as error:
+                message = f"The field 'input.{index}.id' names no item that is kept: {name[:100]!r}"
+                raise refuse("input", f"{message}. {error.message}") from None
+        return body.model_copy(update={"input": items})
+
+    async def _item(self, name: str, outputs: dict[str, Mapping[str, Any]]) -> dict[str, Any]:
+        """Return an item of a response's output; raises GatewayError."""
+        if name.isascii() and await self._log.permission(name) is not None:
+            return {"type": "mcp_approval_request"}
+        wanted = response_of_item(name) or name
+        if wanted not in outputs:
+            if len(outputs) == REFERRED_MAX:
+                raise refuse("input", f"Items of more than {REFERRED_MAX} responses are named.")
+            outputs[wanted] = await self._output(wanted)
+        if (found := outputs[wanted].get(name)) is None:
+            raise refuse("input", "Its response has no such item.")
+        return dict(found)
+
+    async def _output(self, wanted: str) -> Mapping[str, Any]:
+        """Return the items of a response that can be gone on with, by their ids."""
+        run, _ = await self._found(wanted, "input")
+        thread = await self._log.thread(run.thread_id)
+        if thread is None or thread.hidden:
+            raise _no_response("input", wanted)
+        parsed = parse_response_id(wanted)
+        assert parsed is not None
+        run, shape, after = await self._response_of(Told(Reading(*parsed), run))
+        items = await self._now(run, shape, after)
+        return {item["id"]: item for item in items.output}
 
     async def _called(self, ask: Ask, body: ResponseBody) -> Sequence[Mapping[str, Any]]:
         """Return the calls of which the input has but the results, as items.
@@ -261,8 +308,11 @@ class Responses(Handlers):
         """Show a response as it is now, or stream it from a place on."""
         check_limited(request)
         wanted = request.match_info["response_id"]
-        if "include" in request.query or "include[]" in request.query:
-            raise refuse("include", "The field 'include' cannot be honoured: leave it out.")
+        included = {*request.query.getall("include", ()), *request.query.getall("include[]", ())}
+        if unknown := sorted(included - {*get_args(Included)}):
+            raise refuse(
+                "include", f"The field 'include' cannot be honoured: {unknown[0][:100]!r}."
+            )
         run, _ = await self._found(wanted)
         parsed = parse_response_id(wanted)
         assert parsed is not None

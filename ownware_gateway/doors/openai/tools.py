@@ -190,6 +190,7 @@ def digest(messages: Sequence[Message]) -> str:
                     [file.filename, file.mime_type, hashlib.sha256(file.data).hexdigest()]
                     for file in turn.files
                 ]
+                said += [file.detail for file in turn.files if file.detail is not None]
             case AssistantTurn():
                 said += [list(_said(turn))]
             case ToolTurn():

@@ -38,6 +38,7 @@ MakeProfile = Callable[..., Path]
 
 PNG = base64.b64encode(b"\x89PNG\r\n\x1a\n" + b"0" * 20).decode()
 IMAGE: dict[str, Any] = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{PNG}"}}
+CLOSELY = {"type": "image_url", "image_url": {**IMAGE["image_url"], "detail": "high"}}
 AUDIO = {
     "type": "input_audio",
     "input_audio": {"data": base64.b64encode(b"RIFF").decode(), "format": "wav"},
@@ -217,6 +218,9 @@ async def test_anthropic_gets_the_options_under_its_own_names(
         ("openai:gpt-5", {"messages": [user([AUDIO])]}, "input_audio"),
         ("ollama:llama", {"messages": [user([AUDIO])]}, "input_audio"),
         (DEMO_ID, {"messages": [user([AUDIO]), assistant("?"), user("Now?")]}, "input_audio"),
+        ("anthropic:claude-opus-5", {"messages": [user([CLOSELY])]}, "detail"),
+        ("ollama:llama", {"messages": [user([CLOSELY]), assistant("?"), user("Now?")]}, "detail"),
+        (DEMO_ID, {"messages": [user([CLOSELY])]}, "detail"),
     ],
 )
 async def test_what_a_model_cannot_honour_is_refused_by_name_before_anything_runs(
@@ -298,6 +302,23 @@ async def test_images_audio_and_documents_reach_a_model_that_takes_them(
     assert asked.body["messages"][-1]["content"] == [IMAGE, AUDIO, PDF]
 
 
+async def test_how_closely_an_image_is_looked_at_reaches_the_model_whenever_it_is_asked(
+    start_gateway: Gateways, http: Http, provider: Provider, pictures: str
+) -> None:
+    up = await start_gateway(fetch_private=(pictures,))
+    address = {"url": f"http://{pictures}/cat.png", "detail": "low"}
+    there = {"type": "image_url", "image_url": address}
+    await ask(http, up.url, user([CLOSELY, there]), assistant("A cat."), user([CLOSELY, IMAGE]))
+    (asked,) = await provider.requested()
+    shown = [
+        part["image_url"].get("detail")
+        for message in asked.body["messages"]
+        if isinstance(message["content"], list)
+        for part in message["content"]
+    ]
+    assert shown == ["high", "low", "high", None]
+
+
 @pytest.fixture
 async def pictures() -> AsyncIterator[str]:
     """A web server with an image, and with what is none."""
@@ -362,9 +383,9 @@ async def test_an_image_that_cannot_be_had_is_a_400_and_nothing_runs(
             "base64",
         ),
         (
-            {"messages": [user([IMAGE | {"image_url": IMAGE["image_url"] | {"detail": "low"}}])]},
+            {"messages": [user([IMAGE | {"image_url": IMAGE["image_url"] | {"detail": "fine"}}])]},
             "messages",
-            "detail",
+            "messages.0.content.0.image_url.detail",
         ),
         ({"messages": [user([IMAGE] * 40)]}, "messages", "32 files"),
         ({"n": 2}, "n", "one answer"),
@@ -436,6 +457,7 @@ async def test_what_changes_nothing_may_be_said(start_gateway: Gateways, http: H
         "modalities": ["text"],
         "service_tier": "auto",
         "prompt_cache_key": "k",
+        "prediction": {"type": "content", "content": "as it was"},
     }
     assert content(await ask(http, up.url, "as it is", **neutral)) == "as it is"
 

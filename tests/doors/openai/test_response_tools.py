@@ -16,6 +16,7 @@ from tests.doors.openai.test_responses import (
     bodies,
     get,
     go_on,
+    named,
     refused,
     respond,
     streamed,
@@ -38,7 +39,10 @@ CALLS: Final = Reply(text=["I look."], calls=[WEATHER])
 DONE: Final = Reply(text=["It is sunny."])
 
 #: The ways in which a request says what it goes on with.
-WAYS: Final = ("previous", "conversation", "messages", "nothing stored")
+WAYS: Final = (
+    *("previous", "conversation", "messages", "nothing stored"),
+    *("references", "words last"),
+)
 
 
 def calls(response: Json) -> list[Json]:
@@ -67,6 +71,11 @@ def follows(way: str, before: Json, *more: Json, said: str = "How is Rome?") -> 
     given = [*results(before), *more]
     if way == "previous":
         return {"input": given, "previous_response_id": before["id"], "tools": TOOLS}
+    if way == "references":
+        given = [user(said), *map(named, before["output"]), *given]
+    if way == "words last":
+        words, *made = before["output"]
+        given = [user(said), *made, words, *given]
     if way in ("messages", "nothing stored"):
         given = [user(said), *before["output"], *given]
     return {"input": given, **first(way)}

@@ -90,6 +90,11 @@ def text(response: dict[str, Any]) -> str:
     )
 
 
+def named(item: dict[str, Any]) -> dict[str, str]:
+    """Return an item as clients name it that rely on what is stored."""
+    return {"type": "item_reference", "id": item["id"]}
+
+
 def asked_of(provider: Provider) -> list[list[Any]]:
     """Return the messages of all requests to the model, without its instructions."""
     return [
@@ -143,6 +148,7 @@ async def test_items_reach_the_model_as_what_they_are(
             "content": [
                 {"type": "input_text", "text": "three"},
                 {"type": "input_image", "image_url": picture, "detail": "auto"},
+                {"type": "input_image", "image_url": picture, "detail": "low"},
             ],
         },
     ]
@@ -154,11 +160,14 @@ async def test_items_reach_the_model_as_what_they_are(
     assert (first["content"], second["content"]) == ("one", "two")
     assert called["tool_calls"][0]["function"] == {"name": "glob", "arguments": "{}"}
     assert result["content"] == "a.txt"
-    assert [part["type"] for part in last["content"]] == ["text", "image_url"]
+    assert [part["type"] for part in last["content"]] == ["text", "image_url", "image_url"]
+    assert [part["image_url"].get("detail") for part in last["content"][1:]] == [None, "low"]
     _, listing = await get(http, up.url, f"{got['id']}/input_items?order=asc")
     kinds = [item["type"] for item in listing["data"]]
     assert kinds == ["message", "function_call", "function_call_output", "message", "message"]
-    assert listing["data"][-1]["content"][1]["image_url"] == picture
+    shown = listing["data"][-1]["content"][1:]
+    assert [part["image_url"] for part in shown] == [picture, picture]
+    assert [part["detail"] for part in shown] == ["auto", "low"]
 
 
 async def test_input_items_come_in_pages_the_newest_first(
@@ -321,11 +330,11 @@ async def test_a_retry_joins_the_response_that_is_under_way(
     up = await start_gateway()
     async with stream(http, up.url, "go") as first:
         run_id = first.headers["X-Run-Id"]
-    gate.set()
     again = {"x-stainless-retry-count": "1"}
     body = {"input": "go", "stream": True}
     async with http.post(f"{up.url}{RESPONSES}", json=body, headers=again) as second:
         assert second.headers["X-Run-Id"] == run_id
+        gate.set()
         assert text(bodies(await read_frames(second))[-1]["response"]) == "one two"
 
 
@@ -583,6 +592,24 @@ async def test_a_permission_may_be_denied_where_the_client_keeps_the_conversatio
     assert "too risky" in call["error"]["content"][0]["text"]
 
 
+async def test_what_was_answered_before_is_history_where_the_client_keeps_the_conversation(
+    start_gateway: Gateways, http: Http, provider: Provider
+) -> None:
+    provider.reply(WRITE, Reply(text=["Done."]))
+    up = await start_gateway()
+    tools = [OWN]
+    first = await respond(http, up.url, "go", tools=tools)
+    assert first["tools"] == []
+    answer = {**ANSWER, "approval_request_id": first["output"][-1]["id"]}
+    said = [user("go"), *first["output"], answer]
+    second = await respond(http, up.url, said, tools=tools)
+    assert text(second) == "Done."
+    third = await respond(http, up.url, [*said, *second["output"], user("thanks")], tools=tools)
+    assert text(third) == "thanks"
+    roles = ["user", "assistant", "assistant", "tool", "assistant", "user"]
+    assert [role for role, _ in asked_of(provider)[-1]] == roles
+
+
 async def test_any_other_message_denies_and_is_answered_itself(
     start_gateway: Gateways, http: Http, provider: Provider
 ) -> None:
@@ -684,16 +711,20 @@ async def test_a_response_that_others_stand_on_is_not_deleted_by_itself(
 # -- what is refused
 
 ANSWER: Final = {"type": "mcp_approval_response", "approval_request_id": "p", "approve": True}
+OWN: Final = {"type": "mcp", "server_label": "ownware"}
 
 
 @pytest.mark.parametrize(
     ("param", "body"),
     [
         ("tool_choice", {"tool_choice": "required"}),
-        ("include", {"include": ["reasoning.encrypted_content"]}),
+        ("include", {"include": ["message.output_text.logprobs"]}),
         ("max_tool_calls", {"max_tool_calls": 3}),
         ("prompt", {"prompt": {"id": "p"}}),
         ("reasoning", {"reasoning": {"effort": "minimal"}}),
+        ("reasoning", {"reasoning": {"summary": "concise"}}),
+        ("tools", {"tools": [{"type": "mcp", "server_label": "theirs"}]}),
+        ("tools", {"tools": [{**OWN, "require_approval": "never"}]}),
         ("text", {"text": {"format": {"type": "grammar"}}}),
         ("text", {"text": {"verbosity": "low"}}),
         ("truncation", {"truncation": "often"}),
@@ -704,6 +735,9 @@ ANSWER: Final = {"type": "mcp_approval_response", "approval_request_id": "p", "a
         ("input", {"input": []}),
         ("input", {"input": [{"role": "assistant", "content": "x"}]}),
         ("input", {"input": [{"type": "item_reference", "id": "x"}]}),
+        ("input", {"input": [{"type": "item_reference", "id": "msg_1_0"}, user("x")]}),
+        ("input", {"input": [{"type": "item_reference", "id": "\ud800"}, user("x")]}),
+        ("input", {"input": [{"id": ["x"]}, user("x")]}),
         ("input", {"input": [{"type": "reasoning", "summary": []}]}),
         ("input", {"input": [user([{"type": "input_image", "file_id": "f"}])]}),
         ("input", {"input": [user([{"type": "input_image", "image_url": "data:x"}])]}),
@@ -731,6 +765,75 @@ async def test_a_wrong_part_is_named_by_its_place_in_the_input(
     skipped = {"type": "reasoning", "summary": []}
     _, error = await refused(http, up.url, [user("x"), skipped, wrong])
     assert "'input.2.content.0.image_url'" in error["message"]
+    picture = f"data:image/png;base64,{base64.b64encode(png()).decode()}"
+    finely = {"type": "input_image", "image_url": picture, "detail": "fine"}
+    _, error = await refused(http, up.url, [user([finely])])
+    assert "'input.0.content.0.detail'" in error["message"]
+
+
+async def test_items_may_be_named_instead_of_sent_where_their_response_is_stored(
+    start_gateway: Gateways, http: Http, provider: Provider
+) -> None:
+    provider.reply(WRITE, Reply(thinking=["Hm."], text=["Done."]))
+    up = await start_gateway()
+    first = await respond(http, up.url, "go")
+    request = first["output"][-1]["id"]
+    answer = {**ANSWER, "approval_request_id": request}
+    said = [user("go"), {"id": first["output"][0]["id"]}, named(first["output"][-1]), answer]
+    second = await respond(http, up.url, said)
+    assert text(second) == "Done."
+    up = await start_gateway.restart(up)
+    said = [*said, *map(named, second["output"]), user("thanks")]
+    third = await respond(http, up.url, said)
+    assert text(third) == "thanks"
+    *_, called, result, done, thanks = asked_of(provider)[-1]
+    assert (called[0], result[0], done, thanks) == (
+        *("assistant", "tool"),
+        *(("assistant", "Done."), ("user", "thanks")),
+    )
+    async with http.delete(f"{up.url}/api/v1/threads/{(await listed(http, up.url))[-1]}"):
+        status, error = await refused(http, up.url, said)
+    assert (status, error["param"]) == (400, "input")
+    assert "'input.1.id'" in error["message"]
+
+
+async def test_what_is_not_stored_is_not_there_to_be_named(
+    start_gateway: Gateways, http: Http, provider: Provider
+) -> None:
+    up = await start_gateway()
+    first = await respond(http, up.url, "one", store=False)
+    status, error = await refused(http, up.url, [*map(named, first["output"]), user("two")])
+    assert (status, error["param"]) == (400, "input")
+    assert first["output"][0]["id"] in error["message"]
+    stored = await respond(http, up.url, "one")
+    beyond = {"type": "item_reference", "id": f"{stored['output'][0]['id']}7"}
+    status, error = await refused(http, up.url, [beyond, user("two")])
+    assert (status, error["param"]) == (400, "input")
+    assert len(provider.requests) == 2
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"include": ["reasoning.encrypted_content"], "store": False},
+        {"include": ["web_search_call.action.sources", "message.input_image.image_url"]},
+        {"include": []},
+        {"reasoning": {"effort": "low", "summary": "detailed"}},
+        {"tools": [OWN]},
+    ],
+)
+async def test_what_changes_nothing_may_be_asked_of_a_response(
+    start_gateway: Gateways, http: Http, provider: Provider, body: dict[str, Any]
+) -> None:
+    up = await start_gateway()
+    plain, got = [await respond(http, up.url, "hi", **more) for more in ({}, body)]
+    assert (text(got), got["tools"]) == (text(plain), [])
+    first, second = (asked.body for asked in provider.requests)
+    assert first.get("tools") == second.get("tools")
+    query = "include[]=reasoning.encrypted_content"
+    assert await get(http, up.url, f"{got['id']}?{query}") == (200, got)
+    status, _ = await get(http, up.url, f"{got['id']}?include=message.output_text.logprobs")
+    assert status == 400
 
 
 async def test_what_was_said_already_is_not_said_again_where_the_gateway_has_it(
