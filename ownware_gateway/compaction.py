@@ -7,20 +7,19 @@ a model for a summary with. `relief.py` does it, and `transcript.conversation` o
 from collections.abc import Iterator, Sequence
 from typing import Final, NamedTuple
 
-from ownware_gateway.events import Position
-from ownware_gateway.models import UserTurn
-from ownware_gateway.profile import Profile
-from ownware_gateway.tokens import CHARS_PER_TOKEN, message_tokens, text_tokens
-from ownware_gateway.transcript import (
+from ownware_gateway.conversation import (
     DROPPED_BYTES_MIN,
-    RunFacts,
     Told,
-    Turn,
     dropped,
     position,
     told_of,
     turn_messages,
 )
+from ownware_gateway.events import Position
+from ownware_gateway.models import UserTurn
+from ownware_gateway.profile import Profile
+from ownware_gateway.tokens import CHARS_PER_TOKEN, message_tokens, text_tokens
+from ownware_gateway.transcript import RunFacts, Turn
 
 #: How full the window is afterwards, at most, as a share of where it began. Much smaller, so that
 #: the next time is far off: each time the provider's cache of the prompt begins anew.

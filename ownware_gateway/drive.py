@@ -11,6 +11,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final
 
 from ownware_gateway.calls import Assignment, Calls, Parts, load_checks
+from ownware_gateway.conversation import conversation
 from ownware_gateway.events import (
     Event,
     Fallback,
@@ -71,14 +72,7 @@ from ownware_gateway.run import (
 )
 from ownware_gateway.tokens import prompt_tokens
 from ownware_gateway.tools import clip
-from ownware_gateway.transcript import (
-    NOTICE,
-    Answer as StoredAnswer,
-    RunFacts,
-    Turn,
-    conversation,
-    let_go,
-)
+from ownware_gateway.transcript import NOTICE, Answer as StoredAnswer, RunFacts, Turn, let_go
 
 if TYPE_CHECKING:
     from ownware_gateway.agents import Agents

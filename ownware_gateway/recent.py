@@ -9,6 +9,7 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any, Final
 
+from ownware_gateway.conversation import trim
 from ownware_gateway.events import (
     ClientResult,
     QuestionRequest,
@@ -17,7 +18,7 @@ from ownware_gateway.events import (
     ValuePart,
 )
 from ownware_gateway.log import Log, Stream
-from ownware_gateway.transcript import Call, RunFacts, Turn, load, load_told, trim
+from ownware_gateway.transcript import Call, RunFacts, Turn, load, load_told
 
 #: What the histories of all threads take at most; the threads longest unused are let go first.
 BYTES_MAX: Final = 4_194_304

@@ -28,6 +28,13 @@ from ownware_gateway.compaction import (
     shortened,
     summary_tokens,
 )
+from ownware_gateway.conversation import (
+    conversation,
+    kept_with_summary,
+    last_failure,
+    told_of,
+    trim,
+)
 from ownware_gateway.errors import GatewayError
 from ownware_gateway.events import (
     CompactionEnd,
@@ -50,14 +57,7 @@ from ownware_gateway.models import (
 )
 from ownware_gateway.run import RETRY_S
 from ownware_gateway.tokens import message_tokens, prompt_tokens, text_tokens
-from ownware_gateway.transcript import (
-    Turn,
-    conversation,
-    kept_with_summary,
-    last_failure,
-    told_of,
-    trim,
-)
+from ownware_gateway.transcript import Turn
 
 #: How much fuller the window must have become to be spoken of again, or for another try after a
 #: summary has failed.

@@ -1,13 +1,13 @@
-"""What the log says happened: events folded into runs, turns and calls, and those into messages.
+"""What the log says happened: events folded into runs, turns and calls.
 
 Pure but for `load`, which reads. Deltas are skipped: what they say stands whole in a later event,
 save the text of a turn that was cut off, which is fetched by itself.
 """
 
 import json
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 from ownware_gateway.events import (
     AgentComplete,
@@ -23,7 +23,6 @@ from ownware_gateway.events import (
     ImagePart,
     PermissionRequest,
     PermissionResponse,
-    Position,
     QuestionRequest,
     QuestionResponse,
     Recovery,
@@ -50,10 +49,7 @@ from ownware_gateway.log import Log, Record, Stream
 from ownware_gateway.models import (
     AssistantTurn,
     File,
-    Message,
     ToolCall,
-    ToolTurn,
-    UserTurn,
 )
 from ownware_gateway.permissions import grant
 
@@ -61,18 +57,12 @@ PAGE: Final = 500
 
 NOTICE: Final = "\n\n[interrupted, answering again]\n\n"
 
-#: Tool results of so many bytes or fewer are never left out of a prompt: it would save nothing.
-DROPPED_BYTES_MIN: Final = 256
-
 
 #: Images of tools' outputs that a model is sent, the newest: so many, that many fewer once there
 #: are more, and so much together. Providers limit both, and what a request takes.
 IMAGES_MAX: Final = 20
 IMAGES_STEP: Final = 5
 IMAGES_BYTES_MAX: Final = 16_777_216
-
-#: What stands under a result whose images are not sent, or not any more.
-IMAGES_GONE: Final = "\n[Its images are not shown any more; call the tool again to see them.]"
 
 
 @dataclass(frozen=True, slots=True)
@@ -494,20 +484,12 @@ async def load_told(log: Log, stream: Stream, *, to: int) -> list[RunFacts]:
     return runs
 
 
-def kept_with_summary(history: Sequence[RunFacts], through: Position) -> bytes:
-    """Return what a summary's private fact holds, for `load_told`."""
-    place = next(at for at, run in enumerate(history) if run.message.run_id == through.run_id)
-    first = place + (through.turn_index is None)
-    allowed = sorted(grants(history[: first + 1]))
-    return json.dumps({"from": history[first].seq - 1, "grants": allowed}).encode()
-
-
 async def _load_images(log: Log, stream: Stream, runs: Sequence[RunFacts]) -> None:
     """Fetch the images of tools' outputs that a model would be sent, and no others."""
     calls = _with_images(runs)
     for call in calls[_first_shown(calls) :]:
         images: list[File] = []
-        for part in _image_parts(call):
+        for part in image_parts(call):
             body = await log.private_at(stream, call.end_seq, "image", part.index)
             if body is not None:
                 images.append(image_file(part.mime_type, part.index, body))
@@ -549,7 +531,8 @@ def _text_of(record: Record) -> list[str]:
     return [event.text] if isinstance(event, TextDelta) and not event.notice else []
 
 
-def _image_parts(call: Call) -> list[ImagePart]:
+def image_parts(call: Call) -> list[ImagePart]:
+    """Return the images that a call gave back."""
     if call.end is None or call.end.content is None or call.end.is_error:
         return []
     return [part for part in call.end.content if isinstance(part, ImagePart)]
@@ -562,7 +545,7 @@ def _with_images(runs: Sequence[RunFacts]) -> list[Call]:
         for run in runs
         for turn in run.turns
         for call in turn.calls.values()
-        if call.end is not None and call.end.content is not None and _image_parts(call)
+        if call.end is not None and call.end.content is not None and image_parts(call)
     ]
 
 
@@ -573,8 +556,8 @@ def _first_shown(calls: Sequence[Call]) -> int:
     on, and where it is for the number of images, by several at once: what was sent before it has
     changed, and a provider's cache of it is lost.
     """
-    sizes = [sum(part.size_bytes for part in _image_parts(call)) for call in calls]
-    counts = [len(_image_parts(call)) for call in calls]
+    sizes = [sum(part.size_bytes for part in image_parts(call)) for call in calls]
+    counts = [len(image_parts(call)) for call in calls]
     too_many = -(-max(0, sum(counts) - IMAGES_MAX) // IMAGES_STEP) * IMAGES_STEP
     too_big = max(0, sum(sizes) - IMAGES_BYTES_MAX)
     for place, (count, size) in enumerate(zip(counts, sizes, strict=True)):
@@ -595,166 +578,6 @@ def let_go(runs: Sequence[RunFacts]) -> None:
 def image_file(mime_type: str, index: int, data: bytes) -> File:
     """Return an image of a tool's output as a model is sent it."""
     return File(f"image-{index}.{mime_type.rpartition('/')[2]}", mime_type, data)
-
-
-def conversation(runs: Sequence[RunFacts], *, also: CompactionEnd | None = None) -> list[Message]:
-    """Return the messages to ask a model with: what was said, superseded turns left out.
-
-    Every tool call has its result, and every run but the last ends with a word of the assistant:
-    some providers refuse anything else. Where a summary stands for what was said first, it is the
-    beginning of the first message of a person that follows it: that one is sent in any case. With
-    `also`, they are what they would be after that.
-    """
-    told = told_of(runs, also)
-    messages: list[Message] = []
-    for place, run in enumerate(runs[told.run :], told.run):
-        first_turn = told.turn if place == told.run else 0
-        messages.append(_prompt(run, told if place == told.run else _ALL))
-        for turn in run.turns:
-            if not turn.superseded and turn.index >= first_turn:
-                messages += turn_messages(turn, told.kept_chars(place, turn))
-        last = messages[-1]
-        spoke = isinstance(last, AssistantTurn) and not last.tool_calls
-        if run.end is not None and not spoke:
-            messages.append(AssistantTurn(f"[no answer: the run {_how_it_ended(run.end)}]"))
-    return messages
-
-
-def _how_it_ended(end: SessionEnd) -> str:
-    if end.reason == "tool_use":
-        return "ended without the results of its calls"
-    return f"was {end.status}" if end.status == "cancelled" else f"{end.status} ({end.reason})"
-
-
-class Told(NamedTuple):
-    """What of a history a model is told: from a turn of a run on, `summary` in place of the rest.
-
-    `drops` are the places up to which tool results are left out, with what stays of each.
-    """
-
-    run: int = 0
-    turn: int = 0
-    summary: str | None = None
-    drops: Sequence[tuple[tuple[int, float], int]] = ()
-
-    def kept_chars(self, run: int, turn: Turn) -> int | None:
-        """Return how many characters of a turn's tool results are told; None for all."""
-        kept = [chars for through, chars in self.drops if (run, turn.index) <= through]
-        return min(kept) if kept else None
-
-
-_ALL: Final = Told()
-
-
-def told_of(runs: Sequence[RunFacts], also: CompactionEnd | None = None) -> Told:
-    """Return what of a history is told, as the last events about that say, and then `also`."""
-    reliefs = [relief for run in runs for relief in run.reliefs]
-    if also is not None:
-        reliefs.append(also)
-    if not reliefs:
-        return _ALL
-    places = {run.message.run_id: place for place, run in enumerate(runs)}
-
-    def place_of(through: Position) -> tuple[int, float]:
-        # What is not there any more was in front of all that is.
-        run = places.get(through.run_id, -1)
-        return run, float("inf") if through.turn_index is None else through.turn_index
-
-    told = _ALL
-    drops: list[tuple[tuple[int, float], int]] = []
-    for relief in reliefs:
-        if relief.through is None:
-            continue
-        place = place_of(relief.through)
-        if isinstance(relief, ToolResultDrop):
-            drops.append((place, relief.kept_chars))
-        elif relief.through.turn_index is None or place[0] < 0:
-            told = Told(place[0] + 1, 0, relief.summary)
-        else:
-            told = Told(place[0], relief.through.turn_index + 1, relief.summary)
-    return told._replace(drops=drops)
-
-
-def trim(history: list[RunFacts]) -> None:
-    """Let go of runs that no prompt needs any more; what people have allowed there still holds."""
-    first = told_of(history).run
-    if 0 < first < len(history):
-        history[first].inherited = frozenset(grants(history[: first + 1]))
-        del history[:first]
-
-
-def last_failure(history: Sequence[RunFacts]) -> int:
-    """Return how many tokens the last prompt had that there was no summary for; 0 after one."""
-    for run in reversed(history):
-        if run.failed_at is not None or run.reliefs:
-            return run.failed_at or 0
-    return 0
-
-
-def position(run: RunFacts, turn: Turn | None = None) -> Position:
-    """Return the end of a turn, or of a whole run."""
-    index = turn.index if turn is not None else None
-    return Position(run_id=run.message.run_id, turn_index=index)
-
-
-def _prompt(run: RunFacts, told: Told) -> UserTurn:
-    text = run.message.text
-    if told.summary is not None:
-        follows = SUMMARY_OF_RUN if told.turn else SUMMARY_ENDS
-        text = f"{SUMMARY_BEGINS}\n\n{told.summary}\n\n{follows}\n\n{text}"
-    return UserTurn(text, run.files)
-
-
-#: What stands around a summary, in the message of a person that follows it.
-SUMMARY_BEGINS: Final = (
-    "[To save room, the gateway has replaced the conversation so far by this summary of it:]"
-)
-SUMMARY_ENDS: Final = "[End of the summary. The conversation goes on with this message:]"
-SUMMARY_OF_RUN: Final = (
-    "[End of the summary. It includes what you have done so far for this message, which you are "
-    "working on:]"
-)
-
-
-def dropped(result: str, kept_chars: int) -> str:
-    """Return what a model is told in place of a tool's result."""
-    size = len(result.encode("utf-8", "replace"))
-    if size <= DROPPED_BYTES_MIN or len(result) <= kept_chars:
-        return result
-    begins = f"{result[:kept_chars]}\n" if kept_chars else ""
-    return f"{begins}[dropped to save room: {size} bytes; call the tool again if it is needed]"
-
-
-def turn_messages(turn: Turn, kept_chars: int | None = None) -> Iterator[Message]:
-    """Yield the messages of a turn; tool results are left out but for so many characters."""
-    if not turn.complete:
-        if turn.cut_text and turn.interrupted:
-            yield AssistantTurn(turn.cut_text + "\n\n[interrupted]")
-        return
-    answer = turn.answer.turn if turn.answer is not None else _retold(turn)
-    if answer.text or answer.tool_calls:
-        yield answer
-    for wanted in answer.tool_calls:
-        call = turn.calls.get(wanted.id)
-        if call is not None and call.end is not None:
-            yield _told(wanted, call, call.end, kept_chars)
-        else:
-            yield ToolTurn(wanted.id, wanted.name, "Interrupted before it ended.", is_error=True)
-
-
-def _told(wanted: ToolCall, call: Call, end: ToolCallEnd, kept_chars: int | None) -> ToolTurn:
-    """Return a call's result, of which so many characters are left where it was dropped."""
-    text = end.result if kept_chars is None else dropped(end.result, kept_chars)
-    images = call.images if kept_chars is None else ()
-    if len(images) < len(_image_parts(call)):
-        text += IMAGES_GONE
-    return ToolTurn(wanted.id, wanted.name, text, end.is_error, images)
-
-
-def _retold(turn: Turn) -> AssistantTurn:
-    """Return an answer as its events tell it: those of a file bring nothing else."""
-    calls = [ToolCall(call.id, call.name, json.dumps(call.input)) for call in turn.calls.values()]
-    return AssistantTurn(turn.text or "", turn.thinking, calls)
 
 
 def grants(runs: Sequence[RunFacts]) -> set[str]:
@@ -779,85 +602,3 @@ def grants(runs: Sequence[RunFacts]) -> set[str]:
                 ):
                     allowed |= {grant(asked.tool_name, asked.rule), asked.operation_hash}
     return allowed
-
-
-def messages(runs: Sequence[RunFacts]) -> list[dict[str, Any]]:
-    """Return the conversation as people read it: the answer of `GET /threads/{id}/messages`."""
-    shown: list[dict[str, Any]] = []
-    for run in runs:
-        attachments = run.message.attachments
-        shown.append(
-            {
-                "id": f"{run.message.run_id}.user",
-                "role": "user",
-                "content": run.message.text,
-                "parts": [{"kind": "text", "text": run.message.text}],
-                "attachments": attachments and [item.model_dump() for item in attachments],
-                "usage": None,
-                "timestamp": run.message.timestamp,
-                "model": None,
-            }
-        )
-        if run.turns or run.error is not None:
-            shown.append(_reply(run))
-    return shown
-
-
-def _reply(run: RunFacts) -> dict[str, Any]:
-    parts: list[dict[str, Any]] = []
-    for turn in run.turns:
-        if not turn.superseded:
-            parts += _parts(turn)
-    if run.error is not None:
-        parts.append({"kind": "error", "code": run.error.code, "text": run.error.message})
-    return {
-        "id": f"{run.message.run_id}.assistant",
-        "role": "assistant",
-        "content": "\n\n".join(part["text"] for part in parts if part["kind"] == "text"),
-        "parts": parts,
-        "usage": run.usage.model_dump(),
-        "status": run.end.status if run.end is not None else "running",
-        "timestamp": run.turns[0].timestamp if run.turns else run.message.timestamp,
-        "model": run.session.model if run.session is not None else None,
-    }
-
-
-def _parts(turn: Turn) -> Iterator[dict[str, Any]]:
-    if turn.thinking:
-        yield {"kind": "thinking", "text": turn.thinking}
-    text = turn.text if turn.text is not None else turn.cut_text
-    if text:
-        part: dict[str, Any] = {"kind": "text", "text": text}
-        yield part if turn.complete else part | {"interrupted": True}
-    for call in turn.calls.values():
-        yield {
-            "kind": "tool",
-            "toolCallId": call.id,
-            "toolName": call.name,
-            "input": call.input,
-            "result": call.end.result if call.end is not None else None,
-            "isError": call.end.is_error if call.end is not None else None,
-            "granted": call.response.granted if call.response is not None else None,
-            **_kept(call),
-        }
-        if call.agent is not None:
-            yield {
-                "kind": "subagent",
-                "toolCallId": call.id,
-                "agentId": call.agent.agent_id,
-                "name": call.agent.name,
-                "status": call.complete.status if call.complete is not None else "running",
-            }
-
-
-def _kept(call: Call) -> dict[str, Any]:
-    """Return what there is of a call's output beside its result, and where it can be fetched."""
-    end = call.end
-    if end is None or (end.content is None and end.output_bytes_kept is None):
-        return {}
-    shown: dict[str, Any] = {"outputSeq": call.end_seq}
-    if end.output_bytes_kept is not None:
-        shown["outputBytesKept"] = end.output_bytes_kept
-    if end.content is not None:
-        shown["content"] = [part.model_dump(mode="json") for part in end.content]
-    return shown

@@ -12,13 +12,14 @@ import pytest
 
 from ownware_gateway.app import Gateway
 from ownware_gateway.compaction import INSTRUCTIONS, OMITTED, PIECES_MAX, pieces
+from ownware_gateway.conversation import conversation
 from ownware_gateway.events import CompactionEnd, Position, UserMessage
 from ownware_gateway.log import Retention, Stream
 from ownware_gateway.models import UserTurn
 from ownware_gateway.run import OVERFLOWS_MAX
 from ownware_gateway.sse import Frame
 from ownware_gateway.tokens import text_tokens
-from ownware_gateway.transcript import RunFacts, conversation, load, load_told
+from ownware_gateway.transcript import RunFacts, load, load_told
 from tests.gateway import (
     FAKE_KEY,
     PATIENCE_S,

@@ -15,6 +15,7 @@ import pytest
 
 from ownware_gateway.app import Gateway
 from ownware_gateway.approvals import Decision
+from ownware_gateway.conversation import conversation
 from ownware_gateway.errors import GatewayError
 from ownware_gateway.events import decode
 from ownware_gateway.log import Append, Commit, Stream
@@ -22,7 +23,7 @@ from ownware_gateway.log.sqlite import SqliteLog
 from ownware_gateway.run import RETRIES_MAX
 from ownware_gateway.sse import Frame
 from ownware_gateway.tools import OUTPUT_LIMIT_BYTES, Context, Output, Tool
-from ownware_gateway.transcript import NOTICE, conversation, load
+from ownware_gateway.transcript import NOTICE, load
 from tests.gateway import (
     FAKE_KEY,
     PATIENCE_S,

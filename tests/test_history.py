@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 from hypothesis import given, strategies as st
 
+from ownware_gateway.conversation import conversation
 from ownware_gateway.events import Event, UserMessage, decode
 from ownware_gateway.history import NOBODY_SPOKE, Teller, told
 from ownware_gateway.masking import Masker
@@ -19,7 +20,7 @@ from ownware_gateway.models import (
     ToolTurn,
     UserTurn,
 )
-from ownware_gateway.transcript import RunFacts, conversation, fold
+from ownware_gateway.transcript import RunFacts, fold
 
 TELLER = Teller("p", "demo:x", 1, lambda kind: f"{kind}_1", Masker())
 CALL = ToolCall("c1", "look", '{"at": 1}')

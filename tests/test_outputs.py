@@ -15,6 +15,7 @@ import pytest
 from ownware_gateway import tools as limits
 from ownware_gateway.app import Gateway
 from ownware_gateway.client import Client
+from ownware_gateway.conversation import IMAGES_GONE
 from ownware_gateway.events import ImagePart, ResourcePart, ToolCallEnd, ValuePart
 from ownware_gateway.images import IMAGE_BYTES_MAX
 from ownware_gateway.log import Retention
@@ -22,7 +23,7 @@ from ownware_gateway.masking import MASK, Masker
 from ownware_gateway.outputs import Settled, settle
 from ownware_gateway.terminal import Terminal
 from ownware_gateway.tools import Image, Output, Part, Resource, Value, clip
-from ownware_gateway.transcript import IMAGES_BYTES_MAX, IMAGES_GONE, IMAGES_MAX, IMAGES_STEP
+from ownware_gateway.transcript import IMAGES_BYTES_MAX, IMAGES_MAX, IMAGES_STEP
 from tests.gateway import Gateways, get_json, post_json, run_events, start_run
 from tests.mcp import local
 from tests.mcp.server import DOT

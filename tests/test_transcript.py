@@ -2,10 +2,12 @@ from collections.abc import Iterator
 
 import pytest
 
+from ownware_gateway.conversation import conversation
+from ownware_gateway.doors.native.messages import messages
 from ownware_gateway.events import Attachment, TextDelta, UserMessage
 from ownware_gateway.models import AssistantTurn, File, Message, ToolCall, ToolTurn, UserTurn
 from ownware_gateway.run import Finish, closing
-from ownware_gateway.transcript import Answer, RunFacts, conversation, fold, grants, messages
+from ownware_gateway.transcript import Answer, RunFacts, fold, grants
 from tests.test_run import (
     AT,
     ENDINGS,

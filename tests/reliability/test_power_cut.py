@@ -245,4 +245,5 @@ def test_a_disk_that_is_not_synced_at_every_commit_does_lose_events() -> None:
 def test_nothing_acknowledged_is_lost_in_many_power_cuts(seed: int) -> None:
     measured = cuts(seed, 200)
     assert measured["cuts"] == 200
-    assert measured["events"] > 1_000, measured
+    # There has to be something to lose; how much is up to the seed.
+    assert measured["events"] > 800, measured

@@ -44,6 +44,7 @@ from ownware_gateway.doors.native.bodies import (
     read_bytes,
 )
 from ownware_gateway.doors.native.files import export_header, parse_export
+from ownware_gateway.doors.native.messages import messages
 from ownware_gateway.doors.native.outputs import number, part_response, text_response
 from ownware_gateway.doors.native.servers import ServerHandlers
 from ownware_gateway.doors.native.services import ServiceHandlers
@@ -67,7 +68,7 @@ from ownware_gateway.profile import Profile
 from ownware_gateway.profile.folder import Profiles
 from ownware_gateway.services import Services
 from ownware_gateway.stream import Plan, Streamer, check_cursor, parse_cursor
-from ownware_gateway.transcript import load, messages
+from ownware_gateway.transcript import load
 
 __all__ = ["BODY_BYTES_MAX", "Native", "NativeParts", "answer_to"]
 
