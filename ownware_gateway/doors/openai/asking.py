@@ -11,6 +11,7 @@ from ownware_gateway.auth import CALLER
 from ownware_gateway.doors.openai.agents import Agent
 from ownware_gateway.doors.openai.bodies import Conversation
 from ownware_gateway.doors.openai.errors import refuse
+from ownware_gateway.doors.openai.prompts import HELPER
 from ownware_gateway.doors.openai.tools import digest
 from ownware_gateway.log import IdempotencyKey
 from ownware_gateway.models import AssistantTurn, Options
@@ -22,10 +23,6 @@ CONVERSATION_HEADERS: Final = ("X-Conversation-Id", OPEN_WEBUI_HEADER)
 #: How Open WebUI names chats that are not to be kept: all those of a browser tab alike.
 TEMPORARY: Final = ("temporary:", "local:")
 NAME_CHARS_MAX: Final = 255
-
-#: How the prompts begin that chat UIs ask by themselves, for a title say. They do not stream these;
-#: a person's question about a file may begin so too, and is streamed.
-HELPER: Final = "### Task:"
 
 #: Names of tokens that are one person's: the operator's, whether the token is asked for or not.
 _OPERATORS: Final = frozenset({"local", "token"})

@@ -218,6 +218,7 @@ class Handlers(Agents):
                 return Told(answered)
             if run is not None and pending and await self._waiting.is_seen(run, ask):
                 await self._waiting.supersede(run)
+                await self._telling.forsake(run)
         if (handed_in := await self._waiting.hand_in_once(ask)) is not None:
             return Told(handed_in)
         return told_of(await self._engine.start(self._start_of(ask, hidden=True)), ask)

@@ -207,7 +207,8 @@ class Responses(Handlers):
             start = self._start_of(ask, hidden=not body.store)
             return told_of(await self._engine.start(start), ask)
         thread_id, thread = await self._thread_of(ask.caller, ask.name)
-        if thread is not None:
+        # Who names it by a header says all of it again each time, as with completions.
+        if thread is not None and body.name is not None:
             ask = ask._replace(said=only_new(ask.said))
         return await self._begin_in(request, ask._replace(thread_id=thread_id), thread)
 

@@ -129,6 +129,11 @@ class Telling:
         if whole.wrong is not None:
             raise Failed(whole.wrong, run.id)
 
+    async def forsake(self, run: Run) -> None:
+        """Have a run that is for nobody else end, if it does not by itself: nobody reads it."""
+        self._readers.enter(run)
+        self._readers.leave(run, finished=False, once=await self._is_once(run))
+
     async def read(self, whole: Taking, run: Run, after: int) -> None:
         """Have an answer take events up to its end. May raise Failed."""
         async with aclosing(self._chunks(run, after, whole.answer)) as chunks:

@@ -13,6 +13,7 @@ from typing import Any, Final, NamedTuple
 
 from ownware_gateway.client_tools import PREFIX
 from ownware_gateway.doors.openai.errors import refuse
+from ownware_gateway.doors.openai.prompts import words_of
 from ownware_gateway.events import CalledTool, ToolResult
 from ownware_gateway.models import ANY_TOOL, AssistantTurn, Message, ToolTurn, UserTurn
 
@@ -186,6 +187,8 @@ def digest(messages: Sequence[Message]) -> str:
         said: list[Any] = [type(turn).__name__, turn.text]
         match turn:
             case UserTurn():
+                # What was found for a message stands before the last one alone, and comes anew.
+                said[1] = words_of(turn.text)
                 said += [
                     [file.filename, file.mime_type, hashlib.sha256(file.data).hexdigest()]
                     for file in turn.files

@@ -13,6 +13,7 @@ from ownware_gateway.approvals import Decision
 from ownware_gateway.doors.openai.asking import Ask, wanted_options
 from ownware_gateway.doors.openai.chunks import ANSWERS, APPROVES, question
 from ownware_gateway.doors.openai.errors import refuse
+from ownware_gateway.doors.openai.prompts import words_of
 from ownware_gateway.doors.openai.readers import Reading, asked_for
 from ownware_gateway.doors.openai.telling import Telling, Told
 from ownware_gateway.doors.openai.tools import digest, place_of, results_for
@@ -58,7 +59,7 @@ class Waiting:
         """
         if ask.said.answered or (pending and pending[0].kind == "client"):
             return None
-        text = ask.said.tail[-1].text.strip()
+        text = words_of(ask.said.tail[-1].text)
         in_words = bool(pending) and pending[0].kind == "question"
         if text not in (APPROVE, DENY) and not (in_words and text):
             return None

@@ -528,6 +528,19 @@ async def test_a_conversation_is_a_thread_that_all_doors_know(
     assert [said for _, said in asked_of(provider)[-1]] == ["one", "one", "two", "two", "three"]
 
 
+async def test_who_names_a_conversation_by_a_header_may_say_again_what_was_said(
+    start_gateway: Gateways, http: Http, provider: Provider
+) -> None:
+    up = await start_gateway()
+    named = {"X-OpenWebUI-Chat-Id": "chat-1"}
+    await respond(http, up.url, "one", headers=named)
+    again = [user("one"), {"role": "assistant", "content": "one"}, user("two")]
+    await respond(http, up.url, again, headers=named)
+    assert [said for _, said in asked_of(provider)[-1]] == ["one", "one", "two"]
+    status, error = await refused(http, up.url, again, conversation="chat-1")
+    assert (status, error["param"]) == (400, "input")
+
+
 async def test_what_is_not_stored_is_hidden_and_cannot_be_gone_on_with(
     start_gateway: Gateways, http: Http
 ) -> None:

@@ -11,6 +11,8 @@ from typing import Any, Final
 import aiohttp
 import pytest
 
+from ownware_gateway.doors.openai import readers
+from ownware_gateway.doors.openai.prompts import FOUND_BEGINS
 from tests.doors.openai import CHAT, ask, assistant, chunks, content, finish, post, streamed, user
 from tests.gateway import (
     FAKE_KEY,
@@ -423,6 +425,28 @@ async def test_another_message_in_place_of_the_results_ends_the_calls(
     assert told(provider)[-1] == ("user", "Forget it.")
 
 
+@pytest.mark.parametrize("headers", [None, CHAT_1], ids=["once", "in a conversation"])
+async def test_another_message_in_place_of_an_approval_leaves_no_call_waiting(
+    start_gateway: Gateways,
+    http: Http,
+    provider: Provider,
+    monkeypatch: pytest.MonkeyPatch,
+    headers: Any,
+) -> None:
+    monkeypatch.setattr(readers, "LEFT_S", 0.0)
+    provider.reply(Reply(calls=[WEATHER, WRITE]), Reply(text=["Never mind."]))
+    up = await start_gateway()
+    first = await ask(http, up.url, "Go", headers=headers, tools=TOOLS)
+    said = ["Go", message(first), "Forget it."]
+    last = await ask(http, up.url, *said, headers=headers, tools=TOOLS)
+    assert content(last) == "Never mind."
+    seen = await run_events(http, up.url, first["run_id"])
+    assert of_type(seen, "session.end")["status"] == (
+        "cancelled" if headers is None else "succeeded"
+    )
+    assert len(provider.requests) == 2
+
+
 async def test_a_message_behind_the_results_is_answered_after_them(
     start_gateway: Gateways, http: Http, provider: Provider
 ) -> None:
@@ -517,6 +541,21 @@ async def test_a_conversation_that_the_client_tells_otherwise_is_another_one(
     assert other["run_id"] != answer["run_id"]
     last = await ask(http, up.url, "Go", *results(answer), tools=TOOLS)
     assert (content(last), last["run_id"]) == ("It is sunny.", answer["run_id"])
+
+
+@pytest.mark.parametrize("now", ["{}Go", "Go"], ids=["found anew", "not the last any more"])
+async def test_a_conversation_is_the_same_whatever_open_webui_has_found_in_files_for_it(
+    start_gateway: Gateways, http: Http, provider: Provider, now: str
+) -> None:
+    provider.reply(Reply(calls=[WEATHER]), DONE)
+    up = await start_gateway()
+    found = FOUND_BEGINS + ".\n<context>\n{}\n</context>\n\n"
+    asked = chunks(await streamed(http, up.url, found.format("One.") + "Go", tools=TOOLS))
+    deltas = [chunk["choices"][0]["delta"] for chunk in asked]
+    (call,) = [call for delta in deltas for call in delta.get("tool_calls", ())]
+    said = [now.format(found.format("Two.")), assistant("", tool_calls=[call]), result(call)]
+    last = await ask(http, up.url, *said, tools=TOOLS)
+    assert (content(last), last["run_id"]) == ("It is sunny.", asked[-1]["run_id"])
 
 
 async def test_results_that_are_sent_twice_and_no_retry_are_two_answers(
