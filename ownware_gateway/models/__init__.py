@@ -15,6 +15,9 @@ from ownware_gateway.events import StopReason, Usage
 
 #: How much a model may reason before it answers.
 ThinkingLevel = Literal["off", "low", "medium", "high"]
+#: What a caller may ask of models that have more levels than a profile names.
+Effort = ThinkingLevel | Literal["minimal", "xhigh"]
+Verbosity = Literal["low", "medium", "high"]
 
 #: What may be tried again: the engine says so with a `recovery` event of this reason.
 RetryReason = Literal["rate_limit", "provider_error", "connection"]
@@ -115,6 +118,7 @@ class Request:
     `{"type": "json_object"}` or `{"type": "json_schema", "json_schema": …}`; `user` names to the
     provider who is behind the request. `tool_choice` is the tool that the model must call, by its
     name, or `ANY_TOOL`; without `parallel_tool_calls` being False it may call several at once.
+    `verbosity` is how much the model says, where it can be told.
     """
 
     model: str
@@ -123,7 +127,7 @@ class Request:
     tools: Sequence[ToolSpec] = ()
     temperature: float | None = None
     max_tokens: int | None = None
-    thinking: ThinkingLevel | None = None
+    thinking: Effort | None = None
     top_p: float | None = None
     stop: Sequence[str] = ()
     seed: int | None = None
@@ -131,12 +135,18 @@ class Request:
     user: str | None = None
     tool_choice: str | None = None
     parallel_tool_calls: bool | None = None
+    verbosity: Verbosity | None = None
+
+    @property
+    def finely(self) -> bool:
+        """Whether the model is to reason as much as only some can be told."""
+        return self.thinking in ("minimal", "xhigh")
 
 
 #: The options that are fields of a request as well.
 _ASKED: Final = (
     *("temperature", "top_p", "max_tokens", "seed", "response_format", "thinking", "user"),
-    *("tool_choice", "parallel_tool_calls"),
+    *("tool_choice", "parallel_tool_calls", "verbosity"),
 )
 
 
@@ -155,7 +165,7 @@ class Options(NamedTuple):
     stop: Sequence[str] = ()
     seed: int | None = None
     response_format: Mapping[str, Any] | None = None
-    thinking: ThinkingLevel | None = None
+    thinking: Effort | None = None
     user: str | None = None
     metadata: Mapping[str, str] | None = None
     instructions: str = ""
@@ -164,6 +174,7 @@ class Options(NamedTuple):
     client_tools: Sequence[Mapping[str, Any]] = ()
     tool_choice: str | None = None
     parallel_tool_calls: bool | None = None
+    verbosity: Verbosity | None = None
 
     def apply(self, request: Request) -> Request:
         """Return the request with what is asked for here in place of what it says."""

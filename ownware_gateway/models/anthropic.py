@@ -132,6 +132,8 @@ class Anthropic:
             "response_format": form is not None and form["type"] != "json_schema",
             "input_audio": any(file.mime_type.startswith("audio/") for file in files),
             "detail": any(file.detail is not None for file in files),
+            "reasoning_effort": request.finely,
+            "verbosity": request.verbosity is not None,
             # A model that thinks decides itself what it calls.
             "tool_choice": request.tool_choice is not None and thinks,
         }

@@ -141,6 +141,8 @@ class Demo:
             "response_format": request.response_format is not None,
             "input_audio": deaf,
             "detail": any(file.detail is not None for file in files),
+            "reasoning_effort": request.finely,
+            "verbosity": request.verbosity is not None,
             "tool_choice": request.tool_choice is not None,
         }
         return [name for name, wanted in asked.items() if wanted]

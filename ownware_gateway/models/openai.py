@@ -134,7 +134,8 @@ class OpenAI:
             "seed": request.seed,
             "response_format": request.response_format,
             # Others may refuse a name that they do not know.
-            "user": request.user if self.provider in ("openai", "openrouter") else None,
+            "user": request.user if self.provider in _KNOWS_MORE else None,
+            "verbosity": request.verbosity,
         }
         return {name: value for name, value in asked.items() if value is not None}
 
@@ -151,6 +152,8 @@ class OpenAI:
             "input_audio": bool(formats) and (deaf or None in formats),
             # Its server takes these fields and does nothing with them.
             "detail": ollama and wants_detail(request),
+            "reasoning_effort": ollama and request.finely,
+            "verbosity": request.verbosity is not None and self.provider not in _KNOWS_MORE,
             "tool_choice": ollama and request.tool_choice is not None,
             "parallel_tool_calls": ollama and request.parallel_tool_calls is False,
         }
@@ -163,6 +166,10 @@ class OpenAI:
         if self.provider == "openrouter":
             return {"reasoning": {"effort": effort}}
         return {"reasoning_effort": effort}
+
+
+#: Who takes fields that others refuse as unknown.
+_KNOWS_MORE: Final = frozenset({"openai", "openrouter"})
 
 
 def _choice(request: Request) -> dict[str, Any]:

@@ -181,6 +181,8 @@ def _asked(request: Request) -> dict[str, Any]:
     if request.response_format is not None:
         form = request.response_format
         body["text"] = {"format": {"type": form["type"], **form.get("json_schema", {})}}
+    if request.verbosity is not None:
+        body["text"] = {**body.get("text", {}), "verbosity": request.verbosity}
     return body
 
 

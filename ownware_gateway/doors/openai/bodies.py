@@ -18,13 +18,14 @@ from ownware_gateway.errors import GatewayError
 from ownware_gateway.history import NOBODY_SPOKE, joined
 from ownware_gateway.models import (
     AssistantTurn,
+    Effort,
     File,
     Message,
     Options,
-    ThinkingLevel,
     ToolCall,
     ToolTurn,
     UserTurn,
+    Verbosity,
 )
 from ownware_gateway.profile.explain import explain
 from ownware_gateway.profile.fields import one_or_more
@@ -49,7 +50,6 @@ NEUTRAL: Final[Mapping[str, Sequence[Any]]] = {
     "top_logprobs": (0,),
     "logit_bias": ({},),
     "modalities": (["text"],),
-    "verbosity": ("medium",),
     "service_tier": ("auto", "default"),
     "store": (True, False),
     "functions": ([],),
@@ -67,11 +67,13 @@ _WHY: Final = {
 }
 
 #: How much a model is to reason, in OpenAI's words and in ours.
-EFFORTS: Final[Mapping[str, ThinkingLevel]] = {
+EFFORTS: Final[Mapping[str, Effort]] = {
     "none": "off",
+    "minimal": "minimal",
     "low": "low",
     "medium": "medium",
     "high": "high",
+    "xhigh": "xhigh",
 }
 
 _DATA_URI: Final = re.compile(r"data:(?P<type>[\w.+-]+/[\w.+-]+)?(?:;[\w=.+-]+)*;base64,", re.ASCII)
@@ -119,7 +121,8 @@ class ChatBody(Body):
     ] = None
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
     response_format: dict[str, Any] | None = None
-    reasoning_effort: Literal["none", "low", "medium", "high"] | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
+    verbosity: Verbosity | None = None
     user: str | None = Field(default=None, min_length=1, max_length=512)
     safety_identifier: str | None = Field(default=None, min_length=1, max_length=512)
     metadata: (
@@ -146,6 +149,7 @@ class ChatBody(Body):
             seed=self.seed,
             response_format=response_format_of(self.response_format),
             thinking=EFFORTS[self.reasoning_effort] if self.reasoning_effort else None,
+            verbosity=verbosity_of(self.verbosity),
             user=self.user or self.safety_identifier,
             metadata=self.metadata,
             client_tools=tools,
@@ -300,6 +304,11 @@ def without_neutral(raw: Mapping[str, Any], neutral: Mapping[str, Sequence[Any]]
             why = _WHY.get(name, "leave it out")
             raise refuse(name, f"The field {name!r} cannot be honoured: {why}.")
     return left
+
+
+def verbosity_of(given: Verbosity | None) -> Verbosity | None:
+    """Return how much a model is asked to say, if not what every model does by itself."""
+    return None if given == "medium" else given
 
 
 def response_format_of(given: dict[str, Any] | None) -> dict[str, Any] | None:

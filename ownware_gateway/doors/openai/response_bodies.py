@@ -18,13 +18,14 @@ from ownware_gateway.doors.openai.bodies import (
     conversation,
     parse,
     response_format_of,
+    verbosity_of,
     without_neutral,
 )
 from ownware_gateway.doors.openai.errors import refuse
 from ownware_gateway.doors.openai.items import SERVER
 from ownware_gateway.doors.openai.tools import nested, read_choice, read_tools
 from ownware_gateway.errors import GatewayError
-from ownware_gateway.models import Options, UserTurn
+from ownware_gateway.models import Options, UserTurn, Verbosity
 
 NAME_CHARS_MAX: Final = 255
 
@@ -76,7 +77,7 @@ _PLACE: Final = re.compile(r"messages\.(\d+)")
 class Reasoning(Body):
     """How a model is to reason; all that it tells of its thoughts is told, so no less is asked."""
 
-    effort: Literal["none", "low", "medium", "high"] | None = None
+    effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
     summary: Literal["auto", "detailed"] | None = None
 
 
@@ -84,7 +85,7 @@ class Text(Body):
     """How the answer's text is to be."""
 
     format: dict[str, Any] | None = None
-    verbosity: Literal["medium"] | None = None
+    verbosity: Verbosity | None = None
 
 
 class Named(Body):
@@ -141,6 +142,7 @@ class ResponseBody(Body):
             max_tokens=self.max_output_tokens,
             response_format=_format(self.text),
             thinking=EFFORTS[effort] if effort is not None else None,
+            verbosity=verbosity_of(self.text.verbosity if self.text is not None else None),
             user=self.user or self.safety_identifier,
             metadata=self.metadata,
             client_tools=tools,
@@ -162,7 +164,7 @@ class ResponseBody(Body):
             "safety_identifier": self.safety_identifier,
             "store": None if self.store else False,
             "temperature": self.temperature,
-            "text": _told_format(self.text),
+            "text": _told_text(self.text),
             "tools": [_told_tool(item) for item in self.tools if item != _OWN] or None,
             "top_p": self.top_p,
             "user": self.user,
@@ -224,12 +226,14 @@ def _format(text: Text | None) -> dict[str, Any] | None:
         ) from None
 
 
-def _told_format(text: Text | None) -> dict[str, Any] | None:
-    if text is None or text.format is None:
+def _told_text(text: Text | None) -> dict[str, Any] | None:
+    if text is None or (text.format is None and text.verbosity is None):
         return None
-    if text.format.get("type") != "json_schema":
-        return {"format": text.format}
-    return {"format": {"strict": False, "description": None, **text.format}}
+    form = text.format or {"type": "text"}
+    if form.get("type") == "json_schema":
+        form = {"strict": False, "description": None, **form}
+    verbosity = {} if text.verbosity is None else {"verbosity": text.verbosity}
+    return {"format": form, **verbosity}
 
 
 def _told_tool(item: Mapping[str, Any]) -> dict[str, Any]:

@@ -69,7 +69,8 @@ _NOTHING: Final = Conversation("", (), ())
 _NAMES: Final = {
     "max_tokens": "max_output_tokens",
     "response_format": "text",
-    "thinking": "reasoning",
+    "reasoning_effort": "reasoning",
+    "verbosity": "text",
 }
 
 

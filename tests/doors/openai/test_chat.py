@@ -174,7 +174,8 @@ async def test_every_option_reaches_a_model_whose_dialect_has_it(
         "stop": ["END"],
         "seed": 7,
         "response_format": {"type": "json_schema", "json_schema": SCHEMA},
-        "reasoning_effort": "low",
+        "reasoning_effort": "minimal",
+        "verbosity": "low",
         "user": "ada",
     }
     await ask(http, up.url, "go", **options, max_tokens=9, metadata={"a": "b"}, n=1, store=True)
@@ -221,6 +222,9 @@ async def test_anthropic_gets_the_options_under_its_own_names(
         ("anthropic:claude-opus-5", {"messages": [user([CLOSELY])]}, "detail"),
         ("ollama:llama", {"messages": [user([CLOSELY]), assistant("?"), user("Now?")]}, "detail"),
         (DEMO_ID, {"messages": [user([CLOSELY])]}, "detail"),
+        ("anthropic:claude-opus-5", {"reasoning_effort": "xhigh"}, "reasoning_effort"),
+        ("ollama:llama", {"reasoning_effort": "minimal"}, "reasoning_effort"),
+        ("ollama:llama", {"verbosity": "low"}, "verbosity"),
     ],
 )
 async def test_what_a_model_cannot_honour_is_refused_by_name_before_anything_runs(
@@ -261,13 +265,16 @@ async def test_openai_itself_is_asked_through_responses_with_what_that_has() -> 
         stop=["x"],
         seed=1,
         user="u" * 80,
+        thinking="minimal",
+        verbosity="low",
         response_format={"type": "json_schema", "json_schema": SCHEMA},
     )
     request = options.apply(Request("gpt-5", [UserTurn("hi")]))
     assert model.unable(request) == ["stop", "seed"]
     body = _body(request, summary=False)
     assert body["top_p"] == 0.5
-    assert body["text"] == {"format": {"type": "json_schema", **SCHEMA}}
+    assert body["text"] == {"format": {"type": "json_schema", **SCHEMA}, "verbosity": "low"}
+    assert body["reasoning"] == {"effort": "minimal"}
     assert len(body["safety_identifier"]) == 64
 
 
@@ -396,7 +403,8 @@ async def test_an_image_that_cannot_be_had_is_a_400_and_nothing_runs(
         ({"temprature": 1}, "temprature", "temperature"),
         ({"stop": list("abcde")}, "stop", "stop"),
         ({"response_format": {"type": "xml"}}, "response_format", "json_schema"),
-        ({"reasoning_effort": "minimal"}, "reasoning_effort", "reasoning_effort"),
+        ({"reasoning_effort": "most"}, "reasoning_effort", "reasoning_effort"),
+        ({"verbosity": "none"}, "verbosity", "verbosity"),
         ({"audio": {"voice": "x"}}, "audio", "audio"),
         ({"model": "nobody"}, "model", "assistant"),
     ],
