@@ -11,7 +11,7 @@ from ownware_gateway.auth import CALLER
 from ownware_gateway.doors.openai.agents import Agent
 from ownware_gateway.doors.openai.bodies import Conversation
 from ownware_gateway.doors.openai.errors import refuse
-from ownware_gateway.doors.openai.prompts import HELPER
+from ownware_gateway.doors.openai.prompts import is_helper
 from ownware_gateway.doors.openai.tools import digest
 from ownware_gateway.log import IdempotencyKey
 from ownware_gateway.models import AssistantTurn, Options
@@ -65,9 +65,9 @@ def with_door(ask: Ask, *, helper: bool = False, **more: Any) -> Ask:
     return ask._replace(options=ask.options._replace(door=door))
 
 
-def is_helper(said: Conversation) -> bool:
-    """Whether a chat UI asks this for itself, and no person."""
-    return not said.answered and said.prompt.text.lstrip().startswith(HELPER)
+def asks_for_itself(said: Conversation) -> bool:
+    """Whether a chat UI asks this, a title say, and no person."""
+    return not said.answered and is_helper(said.prompt.text)
 
 
 def owner_of(request: web.Request) -> str:

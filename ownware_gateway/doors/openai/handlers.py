@@ -13,9 +13,9 @@ from ownware_gateway.doors.openai.agents import Agent, Agents
 from ownware_gateway.doors.openai.asking import (
     NAME_CHARS_MAX,
     Ask,
+    asks_for_itself,
     conversation_name,
     fingerprint_of,
-    is_helper,
     owner_of,
     wanted_options,
     with_door,
@@ -83,7 +83,7 @@ class Handlers(Agents):
         there = functools.partial(self._streamer.while_there, request)
         said = await there(conversation(body.messages, self._fetch))
         name = conversation_name(request)
-        helper = self._parts.helper_prompts and not body.stream and is_helper(said)
+        helper = self._parts.helper_prompts and asks_for_itself(said)
         fingerprint = fingerprint_of(request, raw, name)
         ask = Ask(agent, said, body.options(), fingerprint, owner_of(request), name)
         usage = body.stream_options is not None and bool(body.stream_options.include_usage)

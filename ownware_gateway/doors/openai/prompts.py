@@ -2,8 +2,7 @@
 
 from typing import Final
 
-#: How the prompts begin that chat UIs ask by themselves, for a title say. They do not stream these;
-#: a person's question about a file may begin so too, and is streamed.
+#: How the prompts begin that chat UIs ask by themselves, for a title say.
 HELPER: Final = "### Task:"
 
 #: How the prompt begins and ends in which Open WebUI puts what it has found in files before a
@@ -11,6 +10,11 @@ HELPER: Final = "### Task:"
 #: stands in a file answer for the person.
 FOUND_BEGINS: Final = "### Task:\nRespond to the user query using the provided context"
 FOUND_ENDS: Final = "\n</context>\n"
+
+
+def is_helper(text: str) -> bool:
+    """Whether a chat UI asks this for itself, and no person."""
+    return text.lstrip().startswith(HELPER) and not text.startswith(FOUND_BEGINS)
 
 
 def words_of(text: str) -> str:

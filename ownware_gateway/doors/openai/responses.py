@@ -18,9 +18,9 @@ from ownware_gateway.approvals import Decision
 from ownware_gateway.auth import CALLER
 from ownware_gateway.doors.openai.asking import (
     Ask,
+    asks_for_itself,
     conversation_name,
     fingerprint_of,
-    is_helper,
     owner_of,
     with_door,
 )
@@ -99,8 +99,8 @@ class Responses(Handlers):
         called = await self._called(ask, body)
         given = await self._streamer.while_there(request, read_input(body, self._fetch, called))
         said = given if isinstance(given, Conversation) else _NOTHING
-        asks = isinstance(given, Conversation) and not body.stream
-        helper = self._parts.helper_prompts and asks and is_helper(said)
+        asks = isinstance(given, Conversation) and asks_for_itself(said)
+        helper = self._parts.helper_prompts and asks
         ask = with_door(ask._replace(said=said), helper=helper, response=body.echo(raw, name))
         with _named_here():
             told = await (self._help(ask) if helper else self._answer(request, ask, body, given))

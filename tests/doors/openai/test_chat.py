@@ -12,6 +12,7 @@ import aiohttp
 import pytest
 from aiohttp import web
 
+from ownware_gateway.doors.openai.prompts import FOUND_BEGINS
 from ownware_gateway.models import Options, Request, UserTurn
 from ownware_gateway.models.catalogue import DEMO_ID
 from ownware_gateway.models.http import Pool
@@ -605,6 +606,8 @@ async def test_a_chat_uis_own_prompts_get_the_small_fast_model_no_tools_and_no_c
     status, _, answer = await post(http, up.url, "/v1/responses", body, chat)
     assert (status, answer["status"]) == (200, "completed")
     assert provider.requests[-1].body["model"] == "small"
+    await streamed(http, up.url, prompt, headers=chat)
+    assert provider.requests[-1].body["model"] == "small"
     assert (await get_json(http, up.url, "/threads"))["items"] == []
     up = await start_gateway.restart(up, helper_prompts=False)
     await ask(http, up.url, prompt, headers=chat)
@@ -612,15 +615,15 @@ async def test_a_chat_uis_own_prompts_get_the_small_fast_model_no_tools_and_no_c
     assert len((await get_json(http, up.url, "/threads"))["items"]) == 1
 
 
-async def test_a_persons_question_that_begins_like_a_chat_uis_own_is_streamed_and_answered(
+async def test_a_persons_question_that_begins_like_a_chat_uis_own_is_answered_as_such(
     start_gateway: Gateways, http: Http, provider: Provider, make_profile: MakeProfile
 ) -> None:
     make_profile("assistant", smallFastModel="openai:small")
     up = await start_gateway()
-    prompt = "### Task:\nRespond to the user query using the provided context."
-    await streamed(http, up.url, prompt, headers={"X-OpenWebUI-Chat-Id": "c"})
-    (asked,) = await provider.requested()
-    assert asked.body["model"] == "test-model"
+    prompt = f"{FOUND_BEGINS}.\n<context>\n</context>\n\nWho wrote this?"
+    for ask_for in (ask, streamed):
+        await ask_for(http, up.url, prompt, headers={"X-OpenWebUI-Chat-Id": "c"})
+        assert provider.requests[-1].body["model"] == "test-model"
     assert len((await get_json(http, up.url, "/threads"))["items"]) == 1
 
 
