@@ -1,7 +1,7 @@
 """How a long conversation is made to fit a model's window: pure.
 
 What was said is never changed: these functions say what a prompt leaves out of it, and what to ask
-a model for a summary with. `relief.py` does it, and `transcript.conversation` obeys its events.
+a model for a summary with. `relief.py` does it, and `conversation.py` obeys its events.
 """
 
 from collections.abc import Iterator, Sequence

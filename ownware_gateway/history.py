@@ -1,6 +1,6 @@
 """Messages told as events: how a conversation that a client brings along gets into the log.
 
-The other way round from `transcript.conversation`. What is made here is history: a run of it has
+The other way round from `conversation.conversation`. What is made here is history: a run of it has
 ended, is never driven and grants nothing.
 """
 

@@ -7,10 +7,12 @@ Run as a script this is the watchdog: it kills the processes that it was told of
 input ends, which happens however the gateway dies. It uses nothing but the standard library.
 """
 
+import errno
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -42,6 +44,7 @@ def sweep(session: int | None, mark: bytes) -> int:
 
     `mark` is `NAME=value` as it stands in the environment. Where there is no /proc only the process
     group that is named like the session is killed, and 0 is returned. Blocks for some milliseconds.
+    Raises OSError when no file handle is left to look with.
     """
     if not (_PROC / "self" / "stat").exists():
         if session is not None:
@@ -79,8 +82,10 @@ def _belongs(name: str, session: int | None, mark: bytes) -> bool:
         if int(its_session) == session:
             return True
         return mark in (_PROC / name / "environ").read_bytes().split(b"\0")
-    except OSError:  # It is gone, or another user's.
-        return False
+    except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            raise
+        return False  # It is gone, or another user's.
 
 
 class Watchdog:
@@ -92,6 +97,10 @@ class Watchdog:
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
+        #: What is watched, by its mark, in the words in which it was told.
+        self._watched: dict[str, str] = {}
+        #: Threads that have seen a process to its end say so beside the event loop.
+        self._lock = threading.Lock()
 
     def watch(self, session: int | None, mark: str, *, leaves: bool = False) -> None:
         """Have what has a mark killed when this process dies, and its session once that is known.
@@ -99,38 +108,75 @@ class Watchdog:
         That is a little later where it `leaves` by itself. Raises OSError when there is nobody to
         do so.
         """
-        if self._process is None or self._process.poll() is not None:
-            self._process = subprocess.Popen(  # noqa: S603 - this file
-                [sys.executable, "-I", "-S", __file__],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                env={},
-                cwd="/",
-                start_new_session=True,
-            )
-        self._tell(f"{'~' if leaves else '+'} {session or 0} {mark}\n")
+        line = f"{'~' if leaves else '+'} {session or 0} {mark}\n"
+        with self._lock:
+            if self._process is None or self._process.poll() is not None:
+                self._start()
+            self._watched[mark] = line
+            self._tell(line)
 
     def forget(self, mark: str) -> None:
         """Leave it alone: it has ended, and the number of its session may become another's."""
-        self._tell(f"- 0 {mark}\n")
+        with self._lock:
+            self._watched.pop(mark, None)
+            self._tell(f"- 0 {mark}\n")
 
     def close(self) -> None:
         """End the watchdog; what it still watches is killed."""
-        if self._process is not None:
-            assert self._process.stdin is not None
-            with suppress(BrokenPipeError):
-                self._process.stdin.close()
-            self._process.wait()
-            self._process = None
+        with self._lock:
+            process, self._process = self._process, None
+            self._watched.clear()
+        if process is not None:
+            _let_go(process)
+            process.wait()
 
-    def _tell(self, line: str) -> None:
+    def _start(self) -> None:
+        """Start the watchdog, or the next one, which takes over what the last one has watched."""
+        last = self._process
+        self._process = subprocess.Popen(  # noqa: S603 - this file
+            [sys.executable, "-I", "-S", __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env={},
+            cwd="/",
+            start_new_session=True,
+        )
+        if last is not None:
+            _let_go(last)
+        self._tell("".join(self._watched.values()))
+
+    def _tell(self, lines: str) -> None:
         if self._process is not None:
             assert self._process.stdin is not None
             # Somebody has killed it: the next session starts another one.
             with suppress(BrokenPipeError):
-                self._process.stdin.write(line.encode())
+                self._process.stdin.write(lines.encode())
                 self._process.stdin.flush()
+
+
+def sweep_up(session: int, mark: str, watchdog: Watchdog | None) -> int:
+    """Kill what a child that has ended has left, and have it watched no more; return how many.
+
+    Where no file handle is left to look with, the watchdog finds them at its end, by the mark: the
+    number of the session may be another's by then. Blocks for some milliseconds.
+    """
+    try:
+        found = sweep(session, mark.encode())
+    except OSError:
+        with suppress(OSError):
+            if watchdog is not None:
+                watchdog.watch(None, mark)
+        return 0
+    if watchdog is not None:
+        watchdog.forget(mark)
+    return found
+
+
+def _let_go(process: subprocess.Popen[bytes]) -> None:
+    assert process.stdin is not None
+    with suppress(BrokenPipeError):
+        process.stdin.close()
 
 
 def _stand_by() -> None:

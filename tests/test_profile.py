@@ -369,6 +369,15 @@ def test_of_two_profiles_with_one_name_the_first_is_used_and_it_is_said(tmp_path
     assert message(tmp_path) == ("Two folders hold a profile named 'same'; the first one is used.")
 
 
+def test_the_first_of_two_profiles_is_used_once_it_is_said(tmp_path: Path) -> None:
+    write(tmp_path, "b", {"name": "same", "description": "second"})
+    profiles = Profiles(tmp_path)
+    assert profiles.get("same").description == "second"
+    write(tmp_path, "a", {"name": "same", "description": "first"})
+    assert "the first one is used" in profiles.broken()[0].message
+    assert profiles.get("same").description == "first"
+
+
 @pytest.mark.parametrize(
     ("asked", "sentence"),
     [

@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final, NamedTuple, Protocol
 
-from ownware_gateway.processes import Watchdog, signal_group, sweep
+from ownware_gateway.processes import Watchdog, signal_group, sweep_up
 from ownware_gateway.tools import ToolFailed
 
 CHILD: Final = Path(__file__).with_name("child.py")
@@ -338,12 +338,11 @@ class _Process:
             signal_group(self._process.pid, signal.SIGKILL)
         self._process.wait()
         self._drained.wait(PIPE_GRACE_S)
-        sweep(self._process.pid, f"{MARK}={self._mark}".encode())
+        sweep_up(self._process.pid, f"{MARK}={self._mark}", self._watchdog)
         with suppress(RuntimeError):  # The loop is closed when the gateway has stopped.
             self._loop.call_soon_threadsafe(self._end)
 
     def _end(self) -> None:
-        self._watchdog.forget(f"{MARK}={self._mark}")
         self._finished.set_result(None)
         self._moved.set()
 

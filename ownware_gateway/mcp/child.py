@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, cast
 
-from ownware_gateway.processes import Watchdog, signal_group, sweep
+from ownware_gateway.processes import Watchdog, signal_group, sweep_up
 
 #: The longest message that is taken; of a longer one only the size is known.
 MESSAGE_BYTES_MAX: Final = 8 * 1_048_576
@@ -154,12 +154,10 @@ class Child(asyncio.SubprocessProtocol):
             self._signal(signal.SIGKILL)
             try:
                 # In a thread, which no second cancellation interrupts.
-                await asyncio.to_thread(sweep, self.pid, f"{MARK}={self._mark}".encode())
+                await asyncio.to_thread(sweep_up, self.pid, f"{MARK}={self._mark}", self._watchdog)
             finally:
                 self._transport.close()
                 await _within(self._closed, KILL_WAIT_S)
-                if self._watchdog is not None:
-                    self._watchdog.forget(f"{MARK}={self._mark}")
 
     def _signal(self, number: signal.Signals) -> None:
         # Once it is reaped its number may belong to another: the sweep sees to the rest.

@@ -90,7 +90,6 @@ class Profiles:
         for item in self._load():
             if isinstance(item, Profile):
                 found.setdefault(item.name, item)
-        self._found = {name: Path(profile.folder) for name, profile in found.items()}
         return sorted(found.values(), key=lambda profile: profile.name)
 
     def broken(self) -> list[Broken]:
@@ -167,10 +166,15 @@ class Profiles:
         except OSError as error:
             yield Broken(self._folder.name, f"The profiles cannot be read: {error.strerror}.")
             return
+        found: dict[str, Path] = {}
         for folder in folders:
             if (item := self._load_from(folder)) is not None:
+                if isinstance(item, Profile):
+                    found.setdefault(item.name, folder)
                 yield item
-        self._read = {folder: read for folder, read in self._read.items() if folder in set(folders)}
+        self._found = found
+        there = set(folders)
+        self._read = {folder: read for folder, read in self._read.items() if folder in there}
 
     def _load_from(self, folder: Path) -> Profile | Broken | None:
         """Return what lies in a folder now; None where no profile does."""

@@ -19,7 +19,7 @@ from contextlib import suppress
 from typing import Any, Final
 
 from ownware_gateway.masking import without_begun, without_ended
-from ownware_gateway.processes import signal_group, sweep
+from ownware_gateway.processes import signal_group, sweep_up
 from ownware_gateway.tools import (
     KEPT_BYTES_MAX,
     OUTPUT_LIMIT_BYTES,
@@ -235,8 +235,7 @@ class _Command:
     def _reap(self) -> None:
         self._process.wait()
         self._drained.wait(PIPE_GRACE_S)
-        self._left_over = sweep(self._process.pid, f"{MARK}={self._mark}".encode())
-        self._forget()
+        self._left_over = sweep_up(self._process.pid, f"{MARK}={self._mark}", self._watchdog)
         with suppress(RuntimeError):  # The loop is closed when the gateway has stopped.
             self._loop.call_soon_threadsafe(self._finished.set_result, None)
 

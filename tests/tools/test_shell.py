@@ -1,6 +1,7 @@
 """A shell for the agent: what it says, and that nothing is left of a command when it is over."""
 
 import asyncio
+import errno
 import os
 import sys
 import threading
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from ownware_gateway.processes import Watchdog
 from ownware_gateway.tools import OUTPUT_LIMIT_BYTES, Context, Output, ToolFailed
 from ownware_gateway.tools.shell import (
     OUTPUT_HARD_LIMIT_BYTES,
@@ -280,6 +282,25 @@ async def test_a_command_does_not_end_another_ones_processes(tmp_path: Path) -> 
     assert alive(pid)
     (tmp_path / "go").write_text("on\n")
     assert (await call).text == f"{pid}\ndone\n"
+
+
+@needs_proc
+async def test_a_call_ends_though_no_file_handle_is_left_and_what_it_left_ends_with_the_gateway(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def out_of_handles(path: str) -> list[str]:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    watchdog = Watchdog()
+    context = Context(tmp_path, {"PATH": PATH}, watchdog=watchdog)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "listdir", out_of_handles)
+        command = "setsid sleep 60 >/dev/null 2>&1 & echo $!"
+        async with asyncio.timeout(10):
+            result = await TOOL.call(context, {"command": command, "timeout_s": 20})
+    assert result.text.strip().isdigit()
+    await asyncio.to_thread(watchdog.close)
+    assert not alive(int(result.text))
 
 
 @needs_proc

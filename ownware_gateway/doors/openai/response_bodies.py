@@ -32,6 +32,9 @@ NAME_CHARS_MAX: Final = 255
 #: Responses that one request may name items of; each is read again.
 REFERRED_MAX: Final = 256
 
+#: Items that are only named, as JSON: as much as a body that has them all may be.
+REFERRED_CHARS_MAX: Final = 32 * 1_048_576
+
 #: Input items that one page of `input_items` may have.
 PAGE_MAX: Final = 100
 

@@ -41,6 +41,7 @@ from ownware_gateway.doors.openai.items import (
 from ownware_gateway.doors.openai.readers import Reading
 from ownware_gateway.doors.openai.response_bodies import (
     PAGE_MAX,
+    REFERRED_CHARS_MAX,
     REFERRED_MAX,
     Approval,
     Included,
@@ -101,6 +102,7 @@ class Responses(Handlers):
         said = given if isinstance(given, Conversation) else _NOTHING
         asks = isinstance(given, Conversation) and asks_for_itself(said)
         helper = self._parts.helper_prompts and asks
+        name = None if helper else name
         ask = with_door(ask._replace(said=said), helper=helper, response=body.echo(raw, name))
         with _named_here():
             told = await (self._help(ask) if helper else self._answer(request, ask, body, given))
@@ -129,6 +131,7 @@ class Responses(Handlers):
             return body
         outputs: dict[str, Mapping[str, Any]] = {}
         items: list[dict[str, Any]] = []
+        size = 0
         for index, item in enumerate(body.input):
             if (name := referred(item)) is None:
                 items.append(item)
@@ -138,6 +141,12 @@ class Responses(Handlers):
             except GatewayError as error:
                 message = f"The field 'input.{index}.id' names no item that is kept: {name[:100]!r}"
                 raise refuse("input", f"{message}. {error.message}") from None
+            # One that is long may be named often.
+            if (size := size + len(dumps(items[-1]))) > REFERRED_CHARS_MAX:
+                raise refuse(
+                    "input",
+                    f"The items that 'input' names have more than {REFERRED_CHARS_MAX} characters.",
+                )
         return body.model_copy(update={"input": items})
 
     async def _item(self, name: str, outputs: dict[str, Mapping[str, Any]]) -> dict[str, Any]:

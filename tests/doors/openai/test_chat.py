@@ -603,8 +603,9 @@ async def test_a_chat_uis_own_prompts_get_the_small_fast_model_no_tools_and_no_c
     assert [message["role"] for message in asked.body["messages"]] == ["user"]
     assert (await get_json(http, up.url, "/threads"))["items"] == []
     body = {"input": prompt}
-    status, _, answer = await post(http, up.url, "/v1/responses", body, chat)
-    assert (status, answer["status"]) == (200, "completed")
+    status, sent, answer = await post(http, up.url, "/v1/responses", body, chat)
+    assert (status, answer["status"], answer["conversation"]) == (200, "completed", None)
+    assert "X-Conversation-Id" not in sent
     assert provider.requests[-1].body["model"] == "small"
     await streamed(http, up.url, prompt, headers=chat)
     assert provider.requests[-1].body["model"] == "small"

@@ -13,7 +13,7 @@ import aiohttp
 import pytest
 
 from ownware_gateway import stream as stream_module
-from ownware_gateway.doors.openai import readers
+from ownware_gateway.doors.openai import readers, responses
 from ownware_gateway.sse import Frame
 from tests.doors.openai import post, user
 from tests.doors.openai.test_resume import Cuts, until_end
@@ -824,6 +824,21 @@ async def test_what_is_not_stored_is_not_there_to_be_named(
     beyond = {"type": "item_reference", "id": f"{stored['output'][0]['id']}7"}
     status, error = await refused(http, up.url, [beyond, user("two")])
     assert (status, error["param"]) == (400, "input")
+    assert len(provider.requests) == 2
+
+
+async def test_what_is_named_may_not_be_more_than_what_could_be_sent(
+    start_gateway: Gateways, http: Http, provider: Provider, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(responses, "REFERRED_CHARS_MAX", 3_000)
+    up = await start_gateway()
+    first = await respond(http, up.url, "x" * 1_000)
+    once = map(named, first["output"])
+    assert text(await respond(http, up.url, [*once, user("go on")])) == "go on"
+    often = [*map(named, first["output"] * 3), user("go on")]
+    status, error = await refused(http, up.url, often)
+    assert (status, error["param"]) == (400, "input")
+    assert "more than 3000 characters" in error["message"]
     assert len(provider.requests) == 2
 
 
