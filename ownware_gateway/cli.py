@@ -26,7 +26,6 @@ from pydantic import ValidationError
 from ownware_gateway import __version__, datadir
 from ownware_gateway.app import DEMO_ID, Gateway, gateway, may_name, trust
 from ownware_gateway.client import Client, ClientError
-from ownware_gateway.doctor import examine
 from ownware_gateway.errors import BootError, GatewayError
 from ownware_gateway.log.backup import backup, restore
 from ownware_gateway.masking import Masker
@@ -511,6 +510,8 @@ async def _print_log(arguments: argparse.Namespace) -> int:
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
+    from ownware_gateway.doctor import examine
+
     settings = _settings(arguments)
     failed = False
     known = functools.partial(may_name, settings)
