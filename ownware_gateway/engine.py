@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Final, Literal, NamedTuple
 
 from ownware_gateway.approvals import Approvals, Decision
@@ -86,8 +86,7 @@ DEMO_PREFIX: Final = "demo:"
 _log: Final = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class StartRun:
+class StartRun(NamedTuple):
     """What somebody asks for: a profile's agent to answer a prompt.
 
     `skills` of the profile are in the system prompt from the start, by their names.
@@ -299,7 +298,7 @@ class Engine:
 
             parts = self._parts
             options = told_apart(wanted.options, profile, parts.tools, parts.sources)
-            wanted = replace(wanted, options=options)
+            wanted = wanted._replace(options=options)
         _check_able(dispatch, profile, wanted)
         return wanted
 

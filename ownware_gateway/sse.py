@@ -6,7 +6,6 @@ The format is WHATWG HTML, section 9.2; the frame itself is set in docs/protocol
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
 KEEP_ALIVE: Final = b": keep-alive\n\n"
@@ -45,8 +44,7 @@ def envelope(event_type: str, fields: dict[str, Any], *, retry_ms: int | None = 
     return retry + b"event: %b\ndata: %b\n\n" % (event_type.encode(), data.encode())
 
 
-@dataclass(frozen=True, slots=True)
-class Frame:
+class Frame(NamedTuple):
     """One parsed frame; `id` is None where the frame carried none."""
 
     id: str | None

@@ -14,7 +14,7 @@ import struct
 import termios
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any, Final, Literal, TypeVar
+from typing import Any, Final, Literal, NamedTuple, TypeVar
 
 from aiohttp import web
 
@@ -142,8 +142,7 @@ async def follow(
             yield Silence()
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
+class Plan(NamedTuple):
     """What one response streams, and when it ends by itself.
 
     `run` bounds it to the interval of that run. Otherwise `follow` stays for whatever comes, and

@@ -288,8 +288,7 @@ class ModelError(Exception):
         self.retry_after_s = retry_after_s
 
 
-@dataclass(frozen=True, slots=True)
-class ModelInfo:
+class ModelInfo(NamedTuple):
     """A model that can be named in a request; the shape of an entry of `GET /models`."""
 
     id: str

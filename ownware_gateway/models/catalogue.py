@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 from urllib.parse import urlsplit
 
 import aiohttp
@@ -84,8 +84,7 @@ def _ollama_address(setting: str, text: str) -> str:
 Dialect = Literal["chat", "responses", "anthropic"]
 
 
-@dataclass(frozen=True, slots=True)
-class Provider:
+class Provider(NamedTuple):
     """Where models come from.
 
     `url` and `key` are the settings that hold another address and a key; `needs` is the setting

@@ -2,16 +2,14 @@
 
 import difflib
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, NamedTuple
 
 from ownware_gateway.profile import SEPARATOR, Profile
 from ownware_gateway.profile.rules import SHELL, Policy
 
 
-@dataclass(frozen=True, slots=True)
-class Known:
+class Known(NamedTuple):
     """What a profile may name: tools, and the gateway's MCP servers and services as they are now.
 
     `tools` holds the schemas of each one's arguments, by their names.
@@ -36,7 +34,7 @@ def wrong_name(profile: Profile, known: Known) -> str | None:
         if name in known.tools:
             return f"The function {name!r} in tools/ has the name of a tool that is built in."
     own = {name: dict.fromkeys(taken) for name, taken in profile.functions.items()}
-    known = replace(known, tools={**known.tools, **own})
+    known = known._replace(tools={**known.tools, **own})
     servers = _servers_named(profile, known)
     for field in ("allow", "deny"):
         for name in getattr(profile.tools, field):

@@ -5,7 +5,6 @@ The contract is docs/protocol.md.
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any, Final, NamedTuple
 
 from aiohttp import web
@@ -393,12 +392,12 @@ class Native(ServerHandlers, ServiceHandlers):
         if last_event_id:
             try:
                 since = await self._place(plan.stream, plan.head, last_event_id)
-                plan = replace(plan, since=since)
+                plan = plan._replace(since=since)
             except GatewayError as error:
-                plan = replace(plan, reset=_reset(error, plan.head))
+                plan = plan._replace(reset=_reset(error, plan.head))
         elif "since" in request.query:
             since = await self._place(plan.stream, plan.head, request.query["since"])
-            plan = replace(plan, since=since)
+            plan = plan._replace(since=since)
         return plan
 
     async def _place(self, stream: Stream, head: Head, text: str) -> int:

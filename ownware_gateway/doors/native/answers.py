@@ -5,7 +5,6 @@ import logging
 import math
 import uuid
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import Any, Final
 
 from aiohttp import web
@@ -144,7 +143,7 @@ def thread_shape(thread: Thread) -> dict[str, Any]:
 
 def model_shape(model: ModelInfo) -> dict[str, Any]:
     """Return an entry of `GET /models`."""
-    return {to_camel(name): value for name, value in asdict(model).items()}
+    return {to_camel(name): value for name, value in model._asdict().items()}
 
 
 def usage_shape(profile: Profile, spent: Spent, resets_at: int) -> dict[str, Any]:
