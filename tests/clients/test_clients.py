@@ -61,15 +61,16 @@ def node_modules() -> Path:
     if not (place / "whole").exists():
         shutil.rmtree(place, ignore_errors=True)
         shutil.copytree(HERE / "node", place)
-        run([npm, "ci", "--no-audit", "--no-fund", "--prefix", str(place)])
+        # In its folder: with --prefix npm would not read what is set for all of the machine.
+        run([npm, "ci", "--no-audit", "--no-fund"], place)
         (place / "whole").touch()
     for script in HERE.glob("node/*.mjs"):
         shutil.copy(script, place)
     return place
 
 
-def run(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, timeout=INSTALL_S)
+def run(command: list[str], folder: Path | None = None) -> None:
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=INSTALL_S)
     assert done.returncode == 0, done.stderr[-2000:]
 
 
