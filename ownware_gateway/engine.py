@@ -18,14 +18,13 @@ from ownware_gateway.drive import Drive, fallback_of, finish, session_start
 from ownware_gateway.errors import GatewayError
 from ownware_gateway.events import (
     AgentSpawn,
-    Attachment,
     Event,
     Fallback,
     RunCancel,
     ToolResult,
     UserMessage,
 )
-from ownware_gateway.history import Teller, begun, told
+from ownware_gateway.history import Teller, attachments_of, begun, told
 from ownware_gateway.log import (
     Append,
     Cancels,
@@ -204,19 +203,10 @@ class Engine:
         await self.budgets.admit(profile)
         run_id = self._parts.new_id("run")
         stream = Stream(wanted.thread_id or self._parts.new_id("thread"))
-        attachments = [
-            Attachment(
-                filename=item.filename,
-                mime_type=item.mime_type,
-                size_bytes=len(item.data),
-                detail=item.detail,
-            )
-            for item in wanted.files
-        ]
         message = UserMessage(
             run_id=run_id,
             text=wanted.prompt,
-            attachments=attachments or None,
+            attachments=attachments_of(wanted.files),
             timestamp=self._parts.clock_ms(),
         )
         row = NewRun(

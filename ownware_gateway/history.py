@@ -23,7 +23,7 @@ from ownware_gateway.events import (
 )
 from ownware_gateway.log import Private
 from ownware_gateway.masking import Masker
-from ownware_gateway.models import AssistantTurn, Message, ToolTurn, UserTurn
+from ownware_gateway.models import AssistantTurn, File, Message, ToolTurn, UserTurn
 from ownware_gateway.transcript import Answer
 
 #: Every run begins with a person's message, and so does every request to some providers.
@@ -85,6 +85,20 @@ def _runs(messages: Sequence[Message]) -> Iterator[tuple[UserTurn, list[Message]
         yield asked or UserTurn(NOBODY_SPOKE), answers
 
 
+def attachments_of(files: Sequence[File]) -> list[Attachment] | None:
+    """Return what a message says of its files."""
+    shown = [
+        Attachment(
+            filename=item.filename,
+            mime_type=item.mime_type,
+            size_bytes=len(item.data),
+            detail=item.detail,
+        )
+        for item in files
+    ]
+    return shown or None
+
+
 def joined(first: UserTurn, second: UserTurn) -> UserTurn:
     """Return two messages of a person as one."""
     text = "\n\n".join(part for part in (first.text, second.text) if part)
@@ -95,17 +109,10 @@ def _run(
     asked: UserTurn, answers: Sequence[Message], teller: Teller, at: int, private: list[Private]
 ) -> list[Event]:
     run_id, now = teller.new_id("run"), teller.now_ms
-    attachments = [
-        Attachment(
-            filename=item.filename,
-            mime_type=item.mime_type,
-            size_bytes=len(item.data),
-            detail=item.detail,
-        )
-        for item in asked.files
-    ]
     events: list[Event] = [
-        UserMessage(run_id=run_id, text=asked.text, attachments=attachments or None, timestamp=now),
+        UserMessage(
+            run_id=run_id, text=asked.text, attachments=attachments_of(asked.files), timestamp=now
+        ),
         SessionStart(
             run_id=run_id,
             session_id=run_id,

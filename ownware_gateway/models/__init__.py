@@ -36,6 +36,11 @@ class File:
     data: bytes
     detail: str | None = None
 
+    @property
+    def is_audio(self) -> bool:
+        """Whether it is to be heard."""
+        return self.mime_type.lower().startswith("audio/")
+
 
 @dataclass(frozen=True, slots=True)
 class ToolCall:
@@ -136,6 +141,17 @@ class Request:
     tool_choice: str | None = None
     parallel_tool_calls: bool | None = None
     verbosity: Verbosity | None = None
+
+    @property
+    def files(self) -> Sequence[File]:
+        """All files that people have sent in the conversation."""
+        turns = (turn for turn in self.messages if isinstance(turn, UserTurn))
+        return [file for turn in turns for file in turn.files]
+
+    @property
+    def has_detail(self) -> bool:
+        """Whether an image is to be looked at more or less closely than the model would."""
+        return any(file.detail is not None for file in self.files)
 
     @property
     def finely(self) -> bool:

@@ -123,15 +123,14 @@ class Anthropic:
         thinks = request.thinking not in (None, "off")
         sampled = _SAMPLED.match(request.model) is not None and not thinks
         heat, form = request.temperature, request.response_format
-        files = [file for turn in request.messages for file in getattr(turn, "files", ())]
         asked = {
             "temperature": heat is not None and (not sampled or heat > TEMPERATURE_MAX),
             "top_p": request.top_p is not None and not sampled,
             "seed": request.seed is not None,
             # It takes a schema and no free JSON.
             "response_format": form is not None and form["type"] != "json_schema",
-            "input_audio": any(file.mime_type.startswith("audio/") for file in files),
-            "detail": any(file.detail is not None for file in files),
+            "input_audio": any(file.is_audio for file in request.files),
+            "detail": request.has_detail,
             "reasoning_effort": request.finely,
             "verbosity": request.verbosity is not None,
             # A model that thinks decides itself what it calls.

@@ -135,12 +135,10 @@ class Demo:
 
         Its answer is always the same, so whatever steers chance is honoured.
         """
-        files = [file for turn in request.messages for file in getattr(turn, "files", ())]
-        deaf = any(file.mime_type.startswith("audio/") for file in files)
         asked = {
             "response_format": request.response_format is not None,
-            "input_audio": deaf,
-            "detail": any(file.detail is not None for file in files),
+            "input_audio": any(file.is_audio for file in request.files),
+            "detail": request.has_detail,
             "reasoning_effort": request.finely,
             "verbosity": request.verbosity is not None,
             "tool_choice": request.tool_choice is not None,

@@ -147,11 +147,11 @@ class OpenAI:
             and _OPENAIS.match(request.model) is not None
             and "audio" not in request.model
         )
-        formats = {audio_format(file) for file in files_of(request) if is_audio(file)}
+        formats = {audio_format(file) for file in request.files if file.is_audio}
         asked = {
             "input_audio": bool(formats) and (deaf or None in formats),
             # Its server takes these fields and does nothing with them.
-            "detail": ollama and wants_detail(request),
+            "detail": ollama and request.has_detail,
             "reasoning_effort": ollama and request.finely,
             "verbosity": request.verbosity is not None and self.provider not in _KNOWS_MORE,
             "tool_choice": ollama and request.tool_choice is not None,
@@ -284,22 +284,6 @@ def _unshown(file: File) -> dict[str, Any]:
         "type": "text",
         "text": f"[The attached file {file.filename} ({size}) cannot be shown.]",
     }
-
-
-def files_of(request: Request) -> list[File]:
-    """Return all files that people have sent in the conversation."""
-    turns = [turn for turn in request.messages if isinstance(turn, UserTurn)]
-    return [file for turn in turns for file in turn.files]
-
-
-def wants_detail(request: Request) -> bool:
-    """Whether an image is to be looked at more or less closely than the model would."""
-    return any(file.detail is not None for file in files_of(request))
-
-
-def is_audio(file: File) -> bool:
-    """Whether a file is to be heard."""
-    return file.mime_type.lower().startswith("audio/")
 
 
 def audio_format(file: File) -> str | None:

@@ -33,8 +33,6 @@ from ownware_gateway.models.http import LINGER_TIMEOUT_S, Endpoint, Pool, report
 from ownware_gateway.models.openai import (
     call_ids,
     content,
-    files_of,
-    is_audio,
     load,
     unique_id,
 )
@@ -97,7 +95,7 @@ class Responses:
         asked = {
             "stop": bool(request.stop),
             "seed": request.seed is not None,
-            "input_audio": any(map(is_audio, files_of(request))),
+            "input_audio": any(file.is_audio for file in request.files),
         }
         return [name for name, wanted in asked.items() if wanted]
 

@@ -103,15 +103,48 @@ class StreamOptions(Body):
     include_obfuscation: Literal[False] | None = None
 
 
-class ChatBody(Body):
-    """`POST /v1/chat/completions`, without what is neutral."""
+class RunBody(Body):
+    """What completions and responses are asked for alike."""
 
     model: str = Field(default="", max_length=256)
-    messages: list[dict[str, Any]] = Field(min_length=1, max_length=MESSAGES_MAX)
     stream: bool = False
-    stream_options: StreamOptions | None = None
     temperature: float | None = Field(default=None, ge=0, le=2, allow_inf_nan=False)
     top_p: float | None = Field(default=None, ge=0, le=1, allow_inf_nan=False)
+    user: str | None = Field(default=None, min_length=1, max_length=512)
+    safety_identifier: str | None = Field(default=None, min_length=1, max_length=512)
+    metadata: (
+        dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]] | None
+    ) = Field(default=None, max_length=16)
+    tools: list[dict[str, Any]] = Field(default_factory=list)
+    tool_choice: Literal["auto", "none", "required"] | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+
+    def asked(self, tools: Sequence[Mapping[str, Any]], choice: Any) -> Options:
+        """Return that as options of the run, with tools and a choice as completions have them.
+
+        A choice of no tool takes the client's away, and leaves the agent its own. Raises
+        GatewayError for tools that are none.
+        """
+        known = read_tools(tools)
+        chosen = read_choice(choice, known)
+        if choice == "none":
+            known = ()
+        return Options(
+            temperature=self.temperature,
+            top_p=self.top_p,
+            user=self.user or self.safety_identifier,
+            metadata=self.metadata,
+            client_tools=known,
+            tool_choice=chosen,
+            parallel_tool_calls=self.parallel_tool_calls if known else None,
+        )
+
+
+class ChatBody(RunBody):
+    """`POST /v1/chat/completions`, without what is neutral."""
+
+    messages: list[dict[str, Any]] = Field(min_length=1, max_length=MESSAGES_MAX)
+    stream_options: StreamOptions | None = None
     max_tokens: int | None = Field(default=None, gt=0, le=2**31)
     max_completion_tokens: int | None = Field(default=None, gt=0, le=2**31)
     stop: Annotated[
@@ -123,38 +156,16 @@ class ChatBody(Body):
     response_format: dict[str, Any] | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
     verbosity: Verbosity | None = None
-    user: str | None = Field(default=None, min_length=1, max_length=512)
-    safety_identifier: str | None = Field(default=None, min_length=1, max_length=512)
-    metadata: (
-        dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]] | None
-    ) = Field(default=None, max_length=16)
-    tools: list[dict[str, Any]] = Field(default_factory=list)
-    tool_choice: Literal["auto", "none", "required"] | dict[str, Any] | None = None
-    parallel_tool_calls: bool | None = None
 
     def options(self) -> Options:
-        """Return what is asked of the run; raises GatewayError for a format or tools that are none.
-
-        A choice of no tool takes the client's away, and leaves the agent its own.
-        """
-        tools = read_tools(self.tools)
-        choice = read_choice(self.tool_choice, tools)
-        if self.tool_choice == "none":
-            tools = ()
-        return Options(
-            temperature=self.temperature,
-            top_p=self.top_p,
+        """Return what is asked of the run; raises GatewayError where a part of it is none."""
+        return self.asked(self.tools, self.tool_choice)._replace(
             max_tokens=self.max_completion_tokens or self.max_tokens,
             stop=tuple(self.stop or ()),
             seed=self.seed,
             response_format=response_format_of(self.response_format),
             thinking=EFFORTS[self.reasoning_effort] if self.reasoning_effort else None,
             verbosity=verbosity_of(self.verbosity),
-            user=self.user or self.safety_identifier,
-            metadata=self.metadata,
-            client_tools=tools,
-            tool_choice=choice,
-            parallel_tool_calls=self.parallel_tool_calls if tools else None,
         )
 
 

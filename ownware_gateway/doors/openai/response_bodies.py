@@ -15,6 +15,7 @@ from ownware_gateway.doors.openai.bodies import (
     Body,
     Conversation,
     Fetch,
+    RunBody,
     conversation,
     parse,
     response_format_of,
@@ -23,7 +24,7 @@ from ownware_gateway.doors.openai.bodies import (
 )
 from ownware_gateway.doors.openai.errors import refuse
 from ownware_gateway.doors.openai.items import SERVER
-from ownware_gateway.doors.openai.tools import nested, read_choice, read_tools
+from ownware_gateway.doors.openai.tools import nested
 from ownware_gateway.errors import GatewayError
 from ownware_gateway.models import Options, UserTurn, Verbosity
 
@@ -97,31 +98,19 @@ class Named(Body):
     id: str = Field(min_length=1, max_length=NAME_CHARS_MAX)
 
 
-class ResponseBody(Body):
+class ResponseBody(RunBody):
     """`POST /v1/responses`, without what is neutral."""
 
-    model: str = Field(default="", max_length=256)
     input: str | Annotated[list[dict[str, Any]], Field(min_length=1, max_length=MESSAGES_MAX)]
     instructions: str | None = Field(default=None, max_length=TEXT_CHARS_MAX)
     previous_response_id: str | None = Field(default=None, min_length=1, max_length=256)
     conversation: str | Named | None = None
     store: bool = True
     background: bool = False
-    stream: bool = False
     include: list[Included] = Field(default_factory=list)
-    temperature: float | None = Field(default=None, ge=0, le=2, allow_inf_nan=False)
-    top_p: float | None = Field(default=None, ge=0, le=1, allow_inf_nan=False)
     max_output_tokens: int | None = Field(default=None, gt=0, le=2**31)
     reasoning: Reasoning | None = None
     text: Text | None = None
-    user: str | None = Field(default=None, min_length=1, max_length=512)
-    safety_identifier: str | None = Field(default=None, min_length=1, max_length=512)
-    metadata: (
-        dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]] | None
-    ) = Field(default=None, max_length=16)
-    tools: list[dict[str, Any]] = Field(default_factory=list)
-    tool_choice: Literal["auto", "none", "required"] | dict[str, Any] | None = None
-    parallel_tool_calls: bool | None = None
 
     @property
     def name(self) -> str | None:
@@ -129,28 +118,16 @@ class ResponseBody(Body):
         return self.conversation.id if isinstance(self.conversation, Named) else self.conversation
 
     def options(self) -> Options:
-        """Return what is asked of the run; raises GatewayError for a format or tools that are none.
-
-        A choice of no tool takes the client's away, and leaves the agent its own.
-        """
+        """Return what is asked of the run; raises GatewayError where a part of it is none."""
         effort = self.reasoning.effort if self.reasoning is not None else None
         with _named_flat():
-            tools = read_tools([nested(item) for item in self.tools if item != _OWN])
-            choice = read_choice(nested(self.tool_choice), tools)
-        if self.tool_choice == "none":
-            tools = ()
-        return Options(
-            temperature=self.temperature,
-            top_p=self.top_p,
+            tools = [nested(item) for item in self.tools if item != _OWN]
+            asked = self.asked(tools, nested(self.tool_choice))
+        return asked._replace(
             max_tokens=self.max_output_tokens,
             response_format=_format(self.text),
             thinking=EFFORTS[effort] if effort is not None else None,
             verbosity=verbosity_of(self.text.verbosity if self.text is not None else None),
-            user=self.user or self.safety_identifier,
-            metadata=self.metadata,
-            client_tools=tools,
-            tool_choice=choice,
-            parallel_tool_calls=self.parallel_tool_calls if tools else None,
         )
 
     def echo(self, raw: Mapping[str, Any], name: str | None) -> dict[str, Any]:

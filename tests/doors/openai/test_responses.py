@@ -4,7 +4,6 @@ import asyncio
 import base64
 import contextlib
 import json
-import random
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any, Final
@@ -16,8 +15,8 @@ from ownware_gateway import stream as stream_module
 from ownware_gateway.doors.openai import readers, responses
 from ownware_gateway.sse import Frame
 from tests.doors.openai import post, user
-from tests.doors.openai.test_resume import Cuts, until_end
-from tests.gateway import FAKE_KEY, Gateways, Proxy, frames, get_json, read_frames, run_events
+from tests.doors.openai.test_resume import cut_streams, until_end
+from tests.gateway import FAKE_KEY, Gateways, frames, get_json, read_frames, run_events
 from tests.pictures import png
 from tests.provider import Call, Provider, Reply
 from tests.reliability.process import served
@@ -258,27 +257,22 @@ async def test_a_stream_that_is_cut_thirty_times_is_gone_on_with_to_the_same_end
 async def cut_and_go_on(
     start_gateway: Gateways, http: Http, provider: Provider, *, responses: int, cuts: int
 ) -> None:
-    dice = random.Random(7)
     up = await start_gateway()
-    for number in range(responses):
-        words = [f"{dice.choice('äöü€✓abc')}{n} " for n in range(60)]
-        provider.reply(Reply(text=words, delay_s=0.001))
-        async with Proxy(up.url, Cuts(dice, cuts)) as proxy:
-            body = {"input": f"prompt {number}", "stream": True}
-            read, headers = await until_end(http.post(f"{proxy.url}{RESPONSES}", json=body))
-            name = f"resp_{headers['X-Run-Id'].removeprefix('run_')}"
-            while not read or read[-1].data != "[DONE]":
-                query = {"stream": "true", "starting_after": str(len(read) - 1)}
-                if not read:
-                    del query["starting_after"]
-                path = f"{proxy.url}{RESPONSES}/{name}"
-                more, _ = await until_end(http.get(path, params=query))
-                read += more
+    async for prompt, url, whole in cut_streams(up.url, provider, responses, cuts):
+        body = {"input": prompt, "stream": True}
+        read, headers = await until_end(http.post(f"{url}{RESPONSES}", json=body))
+        name = f"resp_{headers['X-Run-Id'].removeprefix('run_')}"
+        while not read or read[-1].data != "[DONE]":
+            query = {"stream": "true", "starting_after": str(len(read) - 1)}
+            if not read:
+                del query["starting_after"]
+            more, _ = await until_end(http.get(f"{url}{RESPONSES}/{name}", params=query))
+            read += more
         told = bodies(read)
         assert [body["sequence_number"] for body in told] == list(range(len(told)))
-        assert text(told[-1]["response"]) == "".join(words)
+        assert text(told[-1]["response"]) == whole
         deltas = [body["delta"] for body in told if body["type"] == "response.output_text.delta"]
-        assert "".join(deltas) == "".join(words)
+        assert "".join(deltas) == whole
     assert len((await get_json(http, up.url, "/runs"))["items"]) == min(responses, 50)
 
 

@@ -3,7 +3,7 @@
 import asyncio
 import json
 import random
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -101,23 +101,31 @@ async def test_a_stream_that_is_cut_thirty_times_is_gone_on_with_to_the_same_end
 async def cut_and_go_on(
     start_gateway: Gateways, http: Http, provider: Provider, *, responses: int, cuts: int
 ) -> None:
-    dice = random.Random(7)
     up = await start_gateway()
-    for number in range(responses):
-        words = [f"{dice.choice('äöü€✓abc')}{n} " for n in range(60)]
-        provider.reply(Reply(text=words, delay_s=0.001))
-        async with Proxy(up.url, Cuts(dice, cuts)) as proxy:
-            read, headers = await until_cut(http, proxy.url, f"prompt {number}")
-            while not read or read[-1].data != "[DONE]":
-                ids = [frame.id for frame in read if frame.id is not None]
-                path = f"{CHAT}/{headers['completion']}/stream"
-                after = {"Last-Event-ID": ids[-1]} if ids else {}
-                more, _ = await until_end(http.get(f"{proxy.url}{path}", headers=after))
-                read += more
-        assert said(read) == "".join(words)
+    async for prompt, url, whole in cut_streams(up.url, provider, responses, cuts):
+        read, headers = await until_cut(http, url, prompt)
+        while not read or read[-1].data != "[DONE]":
+            ids = [frame.id for frame in read if frame.id is not None]
+            path = f"{CHAT}/{headers['completion']}/stream"
+            after = {"Last-Event-ID": ids[-1]} if ids else {}
+            more, _ = await until_end(http.get(f"{url}{path}", headers=after))
+            read += more
+        assert said(read) == whole
         assert len([frame for frame in read if frame.id]) == len({f.id for f in read if f.id})
         assert finish(read) == "stop"
     assert len(await runs(http, up.url)) == responses
+
+
+async def cut_streams(
+    url: str, provider: Provider, responses: int, cuts: int
+) -> AsyncIterator[tuple[str, str, str]]:
+    """Yield prompts, where to send each so that its stream is cut, and what is said to it."""
+    dice = random.Random(7)
+    for number in range(responses):
+        words = [f"{dice.choice('äöü€✓abc')}{n} " for n in range(60)]
+        provider.reply(Reply(text=words, delay_s=0.001))
+        async with Proxy(url, Cuts(dice, cuts)) as proxy:
+            yield f"prompt {number}", proxy.url, "".join(words)
 
 
 class Cuts:
